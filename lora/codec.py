@@ -1,0 +1,108 @@
+"""The flat codec: everything that trains or travels is one float32 vector with a layout of named parts."""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lora.errors import WrongUpdate
+
+Part = Literal["A", "B", "head"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One named block of the vector, `shape` row-major."""
+
+    part: Part
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Numbers in the block."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Order, names and shapes of a flat vector `[size]` (or of a bank of them, `[slots, size]`).
+
+    The entries of one part stand side by side, so that a part is one slice and travels without a copy.
+    """
+
+    entries: tuple[Entry, ...]
+
+    @cached_property
+    def slices(self) -> dict[tuple[Part, str], slice]:
+        """Where every block lies."""
+        found, start = {}, 0
+        for entry in self.entries:
+            found[entry.part, entry.name] = slice(start, start + entry.size)
+            start += entry.size
+        return found
+
+    @cached_property
+    def size(self) -> int:
+        """Length of the vector."""
+        return sum(entry.size for entry in self.entries)
+
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """The parts of this layout, in order."""
+        return tuple(dict.fromkeys(entry.part for entry in self.entries))
+
+    def span(self, part: Part) -> slice:
+        """Return the slice that a part covers; empty for a part that the layout lacks."""
+        own = [self.slices[entry.part, entry.name] for entry in self.entries if entry.part == part]
+        return slice(own[0].start, own[-1].stop) if own else slice(0, 0)
+
+    def length(self, parts: Iterable[Part]) -> int:
+        """Numbers in the given parts."""
+        wanted = set(parts)
+        return sum(entry.size for entry in self.entries if entry.part in wanted)
+
+    def views(self, flat: Tensor) -> dict[tuple[Part, str], Tensor]:
+        """Return every block of `flat [..., size]` as a view `[..., *shape]`."""
+        lead = flat.shape[:-1]
+        return {
+            (entry.part, entry.name): flat[..., self.slices[entry.part, entry.name]].view(*lead, *entry.shape)
+            for entry in self.entries
+        }
+
+    def select(self, flat: Tensor, parts: Sequence[Part]) -> Tensor:
+        """Return the given parts of `flat [..., size]`, concatenated in layout order."""
+        spans = [self.span(part) for part in self.parts if part in parts]
+        return flat[..., spans[0]] if len(spans) == 1 else torch.cat([flat[..., span] for span in spans], dim=-1)
+
+    def insert(self, flat: Tensor, parts: Sequence[Part], values: Tensor) -> None:
+        """Write `values [..., length(parts)]` into those parts of `flat`, in place.
+
+        Raises WrongUpdate if the length differs.
+        """
+        expected = self.length(parts)
+        if values.shape[-1] != expected:
+            raise WrongUpdate(f"vector of {values.shape[-1]} numbers, expected {expected} for parts {list(parts)}")
+        start = 0
+        for part in self.parts:
+            if part in parts:
+                span = self.span(part)
+                stop = start + span.stop - span.start
+                flat[..., span] = values[..., start:stop]
+                start = stop
+
+    def subset(self, parts: Sequence[Part]) -> "Layout":
+        """Return the layout of the given parts alone."""
+        return Layout(tuple(entry for entry in self.entries if entry.part in parts))
+
+    @cached_property
+    def digest(self) -> str:
+        """Fingerprint of names, shapes and order (sha256, hex)."""
+        rows = [[entry.part, entry.name, list(entry.shape)] for entry in self.entries]
+        return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()

@@ -1,0 +1,72 @@
+"""Every error that a user can cause, in one small tree.
+
+    LetheError
+    ├── ConfigError          a run file or an override is wrong
+    ├── DataError            a data file, a column or a label is wrong
+    ├── ModelError           a base model or its modules cannot be used
+    ├── FrameMismatch        two sides hold different frames (or layouts)
+    ├── WrongUpdate          a reply's vector cannot be aggregated
+    ├── PrivacyError         a privacy request that cannot be met
+    │   └── BudgetExceeded   the next private step would pass the budget
+    ├── RunError             a run directory cannot be used
+    │   └── CheckpointError  a checkpoint is missing, damaged or of another config
+    └── FederationError      too few clients are left to go on
+
+A message states the value, the limit and the remedy, in the spelling of the run file.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class LetheError(Exception):
+    """Root of everything that Lethe raises on purpose."""
+
+
+class ConfigError(LetheError):
+    """A run file, a section of it or a command-line override is wrong."""
+
+
+class DataError(LetheError):
+    """A data file is missing or malformed, or a row cannot be used."""
+
+
+class ModelError(LetheError):
+    """A base model cannot be loaded or does not have the named modules."""
+
+
+class FrameMismatch(LetheError):
+    """Two sides of a federation hold different frames or layouts."""
+
+
+class WrongUpdate(LetheError):
+    """An update has the wrong length, or values that are not finite."""
+
+
+class PrivacyError(LetheError):
+    """A privacy request cannot be met as stated."""
+
+
+class BudgetExceeded(PrivacyError):
+    """The next private step would pass the budget; nothing was charged, trained or sent."""
+
+
+class RunError(LetheError):
+    """A run directory exists already, is missing, or cannot be written."""
+
+
+class CheckpointError(RunError):
+    """A checkpoint is missing, damaged, or belongs to another configuration."""
+
+
+class FederationError(LetheError):
+    """Fewer clients answered than the run file demands."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return "; did you mean 'x'?" for the closest known name, else the list of known names."""
+    names = sorted(known)
+    close = get_close_matches(name, names, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    return f"; known: {', '.join(names)}" if names else ""

@@ -1,0 +1,94 @@
+"""A base model with adapted layers in place: the frame attached, slots bound batch by batch."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from lora.codec import Entry, Part
+from lora.config import AdapterConfig
+from lora.errors import ModelError
+from lora.frame import Frame, Site
+from lora.gradients import GradientSink
+from lora.layer import AdaptedLinear
+from lora.targets import find_sites
+
+Blocks = Mapping[tuple[Part, str], Tensor]
+"""Factors by part and site: B `[d_out, r]` (or A `[r, d_in]`), or one a row: `[rows, d_out, r]`."""
+
+
+class AdaptedModel:
+    """A frozen base model whose chosen linear layers take the low-rank update of whoever is bound.
+
+    The base never trains: its parameters are frozen here, and it stays in evaluation mode, so that one client's
+    numbers do not depend on who shares its batch.
+    """
+
+    def __init__(self, base: nn.Module, sites: tuple[Site, ...], frame: Frame, *, alpha: float) -> None:
+        self.base = base.eval().requires_grad_(False)
+        self.sites = sites
+        self.frame = frame
+        self.alpha = alpha
+        self.layers = {site.name: self._adapt(site) for site in sites}
+        self._anchor = torch.zeros((), requires_grad=True)
+        self._versions = [(parameter, parameter._version) for parameter in base.parameters()]
+
+    @classmethod
+    def attach(cls, base: nn.Module, config: AdapterConfig, *, frame: Frame | None = None) -> "AdaptedModel":
+        """Put adapted layers in place of the configured targets. Raises ModelError where there are none."""
+        sites = find_sites(base, config.targets)
+        if frame is None:
+            frame = Frame.draw(sites, rank=config.rank, seed=config.frame_seed, init=config.init)
+        return cls(base, sites, frame, alpha=config.alpha)
+
+    @property
+    def scale(self) -> float:
+        """s = alpha / r."""
+        return self.alpha / self.frame.rank
+
+    def entries(self, part: Part) -> tuple[Entry, ...]:
+        """Return the layout entries of the factor A `[r, d_in]` or B `[d_out, r]`."""
+        rank = self.frame.rank
+        shapes = ((site.name, (rank, site.d_in) if part == "A" else (site.d_out, rank)) for site in self.sites)
+        return tuple(Entry(part, name, shape) for name, shape in shapes)
+
+    @contextmanager
+    def bound(self, blocks: Blocks, *, sink: GradientSink | None = None) -> Iterator[nn.Module]:
+        """Answer with the given factors inside the block (A defaults to the frame); gradients go to `sink`."""
+        device = next(self.base.parameters()).device
+        try:
+            for name, layer in self.layers.items():
+                own = blocks.get(("A", name))
+                layer.a = self.frame.matrices[name].to(device) if own is None else own
+                layer.b = blocks["B", name]
+                layer.sink = sink
+                layer.anchor = self._anchor if sink is not None else None
+            yield self.base
+        finally:
+            for layer in self.layers.values():
+                layer.a = layer.b = layer.sink = layer.anchor = None
+
+    def base_moved(self) -> bool:
+        """Whether any base parameter was written to since the layers were attached."""
+        return any(parameter._version != version for parameter, version in self._versions)
+
+    def detach(self) -> nn.Module:
+        """Put the original layers back and return the base model."""
+        for name, layer in self.layers.items():
+            parent, leaf = self._parent(name)
+            setattr(parent, leaf, layer.base)
+        return self.base
+
+    def _adapt(self, site: Site) -> AdaptedLinear:
+        parent, leaf = self._parent(site.name)
+        base = getattr(parent, leaf)
+        if isinstance(base, AdaptedLinear):
+            raise ModelError(f"'{site.name}' is adapted already; detach the first adapter before attaching another")
+        layer = AdaptedLinear(base, site, scale=self.alpha / self.frame.rank)
+        setattr(parent, leaf, layer)
+        return layer
+
+    def _parent(self, name: str) -> tuple[nn.Module, str]:
+        path, _, leaf = name.rpartition(".")
+        return self.base.get_submodule(path), leaf

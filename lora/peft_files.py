@@ -1,0 +1,130 @@
+"""Adapters as PEFT directories: `adapter_config.json` and `adapter_model.safetensors`, loadable by everybody."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lora.errors import ModelError
+from lora.frame import Frame
+from lora.model import AdaptedModel, Blocks
+from lora.targets import find_sites, short_names
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_STEM = "base_model.model."
+
+
+def export_adapter(
+    adapted: AdaptedModel,
+    blocks: Blocks,
+    directory: Path,
+    *,
+    reference: str,
+    task_type: str | None,
+    extra: Mapping[str, bytes] | None = None,
+) -> Path:
+    """Write one slot (`blocks`: B, and A where it trained) as a PEFT directory, aside and renamed.
+
+    One rank and one alpha hold for all matrices, because servers drop per-module patterns silently. `extra` adds
+    further files by name. An existing directory is replaced.
+    """
+    aside = directory.with_name(f".{directory.name}.{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    save_file(_tensors(adapted, blocks), aside / WEIGHTS, metadata={"format": "pt"})
+    (aside / CONFIG).write_text(json.dumps(_config(adapted, reference, task_type), indent=2) + "\n")
+    for name, data in (extra or {}).items():
+        (aside / name).write_bytes(data)
+    if directory.exists():
+        shutil.rmtree(directory)
+    aside.rename(directory)
+    return directory
+
+
+def _tensors(adapted: AdaptedModel, blocks: Blocks) -> dict[str, Tensor]:
+    tensors = {}
+    for site in adapted.sites:
+        a = blocks.get(("A", site.name), adapted.frame.matrices[site.name])
+        tensors[f"{_STEM}{site.name}.lora_A.weight"] = a.detach().float().cpu().clone()
+        tensors[f"{_STEM}{site.name}.lora_B.weight"] = blocks["B", site.name].detach().float().cpu().clone()
+    return tensors
+
+
+def _config(adapted: AdaptedModel, reference: str, task_type: str | None) -> dict[str, Any]:
+    kinds = {isinstance(layer.base, Conv1D) for layer in adapted.layers.values()}
+    return {
+        "peft_type": "LORA",
+        "task_type": task_type,
+        "base_model_name_or_path": reference,
+        "r": adapted.frame.rank,
+        "lora_alpha": adapted.alpha,
+        "lora_dropout": 0.0,
+        "target_modules": short_names(adapted.base, adapted.sites),
+        "bias": "none",
+        "fan_in_fan_out": kinds == {True},
+        "use_rslora": False,
+        "use_dora": False,
+        "modules_to_save": None,
+        "inference_mode": True,
+    }
+
+
+@dataclass(frozen=True)
+class ImportedAdapter:
+    """A PEFT adapter: its A's as a frame, its B's `[d_out, r]` by module path, and its alpha."""
+
+    frame: Frame
+    b: Mapping[str, Tensor]
+    alpha: float
+
+    def attach(self, base: nn.Module) -> tuple[AdaptedModel, Blocks]:
+        """Attach the adapter to its base model; returns the model and the blocks to bind."""
+        layers = dict(base.named_modules())
+        unknown = [name for name in self.b if name not in layers]
+        if unknown:
+            raise ModelError(f"the adapter names '{unknown[0]}', which the base model lacks; load it on its own base")
+        sites = find_sites(base, tuple(self.b))
+        adapted = AdaptedModel(base, sites, self.frame, alpha=self.alpha)
+        return adapted, {("B", site.name): self.b[site.name] for site in sites}
+
+
+def import_adapter(directory: Path) -> ImportedAdapter:
+    """Read a PEFT LoRA directory. Raises ModelError for what one frame with one scale cannot express."""
+    try:
+        config = json.loads((directory / CONFIG).read_text())
+        tensors = load_file(directory / WEIGHTS)
+    except FileNotFoundError as error:
+        raise ModelError(f"{directory}: no {Path(str(error.filename)).name}; give a PEFT LoRA directory") from error
+    _refuse_variants(directory, config)
+    a, b = {}, {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix(_STEM)
+        if name.endswith(".lora_A.weight"):
+            a[name.removesuffix(".lora_A.weight")] = tensor.to(torch.float32)
+        elif name.endswith(".lora_B.weight"):
+            b[name.removesuffix(".lora_B.weight")] = tensor.to(torch.float32)
+        else:
+            raise ModelError(f"{directory}: tensor '{key}' is neither lora_A nor lora_B; only plain LoRA is read")
+    if a.keys() != b.keys() or not a:
+        raise ModelError(f"{directory}: {len(a)} lora_A and {len(b)} lora_B tensors do not pair up")
+    rank = int(config["r"])
+    scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
+    return ImportedAdapter(Frame(a, rank), b, alpha=scale * rank)
+
+
+def _refuse_variants(directory: Path, config: Mapping[str, Any]) -> None:
+    if config.get("peft_type") != "LORA":
+        raise ModelError(f"{directory}: peft_type={config.get('peft_type')}; only LORA is read")
+    for key in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save"):
+        if config.get(key):
+            raise ModelError(f"{directory}: {key}={config[key]} is not supported; merge it or retrain without it")
+    if config.get("bias", "none") != "none":
+        raise ModelError(f"{directory}: bias={config['bias']} is not supported; only bias=none")

@@ -1,0 +1,10 @@
+"""Tests run on one thread: small tensors, and machines with other work to do."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+
+import torch
+
+torch.set_num_threads(1)
