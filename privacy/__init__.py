@@ -1,0 +1,1 @@
+"""DP-SGD on B: sampling, clipping, noise, accounting and the ledger."""
