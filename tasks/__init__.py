@@ -1,0 +1,1 @@
+"""What is learned: data, partitions, heads, losses and metrics."""
