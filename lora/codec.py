@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from typing import Literal
 
 import torch
@@ -34,10 +35,18 @@ class Entry:
 class Layout:
     """Order, names and shapes of a flat vector `[size]` (or of a bank of them, `[slots, size]`).
 
-    The entries of one part stand side by side, so that a part is one slice and travels without a copy.
+    The entries of one part stand side by side, so that a part is one slice and travels without a copy. A layout that
+    breaks this, or names a block twice, is refused with a ValueError.
     """
 
     entries: tuple[Entry, ...]
+
+    def __post_init__(self) -> None:
+        kinds = [kind for kind, _ in groupby(entry.part for entry in self.entries)]
+        if len(kinds) != len(set(kinds)):
+            raise ValueError(f"the entries of a part must stand side by side, not {' '.join(kinds)}")
+        if len({(entry.part, entry.name) for entry in self.entries}) != len(self.entries):
+            raise ValueError("a layout names every block once")
 
     @cached_property
     def slices(self) -> dict[tuple[Part, str], slice]:
@@ -72,13 +81,15 @@ class Layout:
         """Return every block of `flat [..., size]` as a view `[..., *shape]`."""
         lead = flat.shape[:-1]
         return {
-            (entry.part, entry.name): flat[..., self.slices[entry.part, entry.name]].view(*lead, *entry.shape)
+            (entry.part, entry.name): flat[..., self.slices[entry.part, entry.name]].view((*lead, *entry.shape))
             for entry in self.entries
         }
 
     def select(self, flat: Tensor, parts: Sequence[Part]) -> Tensor:
         """Return the given parts of `flat [..., size]`, concatenated in layout order."""
         spans = [self.span(part) for part in self.parts if part in parts]
+        if not spans:
+            return flat[..., :0]
         return flat[..., spans[0]] if len(spans) == 1 else torch.cat([flat[..., span] for span in spans], dim=-1)
 
     def insert(self, flat: Tensor, parts: Sequence[Part], values: Tensor) -> None:

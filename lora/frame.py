@@ -59,12 +59,12 @@ def orthogonal(site: Site, rank: int, stream: Stream) -> Array:
     for index in range(rank):
         for _ in range(2):
             for earlier in rows[:index]:
-                rows[index] -= _dot(rows[index], earlier) * earlier
-        rows[index] /= math.sqrt(_dot(rows[index], rows[index]))
+                rows[index] -= dot(rows[index], earlier) * earlier
+        rows[index] /= math.sqrt(dot(rows[index], rows[index]))
     return rows
 
 
-def _dot(left: Array, right: Array) -> float:
+def dot(left: Array, right: Array) -> float:
     """Sum products by halves: the same rounding everywhere, which a BLAS does not promise."""
     terms = left * right
     while len(terms) > 1:

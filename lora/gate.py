@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lora.errors import ModelError
+
 
 @dataclass(frozen=True)
 class Gate:
@@ -33,11 +35,23 @@ class Gate:
         return cls(weights=weights)
 
     def mix(self, bank: Tensor) -> Tensor:
-        """Return the vectors that answer: `[size]` for one slot, else `[rows, size]`, from `bank [slots, size]`."""
+        """Return the vectors that answer: `[size]` for one slot, else `[rows, size]`, from `bank [slots, size]`.
+
+        Raises ModelError for a slot that the bank lacks.
+        """
         if self.slot is not None:
+            if not 0 <= self.slot < len(bank):
+                raise _unknown(str(self.slot), slots=len(bank))
             return bank[self.slot]
         if self.index is not None:
-            return bank.index_select(0, self.index)
+            try:
+                return bank.index_select(0, self.index)
+            except IndexError as error:
+                raise _unknown(f"among {self.index.tolist()}", slots=len(bank)) from error
         if self.weights is None:
             raise ValueError("an empty gate answers nothing; use Gate.one, Gate.rows or Gate.mixture")
         return torch.mm(self.weights.to(bank.dtype), bank)
+
+
+def _unknown(which: str, *, slots: int) -> ModelError:
+    return ModelError(f"slot {which} is not in the bank, which has {slots}; give 0 to {slots - 1}")

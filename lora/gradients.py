@@ -14,7 +14,8 @@ class GradientSink(Protocol):
 
     parts: Collection[Part]
     by_row: bool
-    """True: blocks come as `[rows, *shape]`, one gradient a row; False: summed over rows, `[*shape]`."""
+    """True: blocks come as `[rows, *shape]`, one gradient a row. False: summed over the rows that share a factor,
+    `[*shape]` where all do, `[groups, *shape]` where each group of rows has its own."""
 
     def take(self, part: Part, name: str, gradient: Tensor) -> None:
         """Receive one block."""
@@ -36,16 +37,16 @@ class SummedGradients:
 
 @dataclass
 class SlotGradients:
-    """Adds up the rows of each slot in `total [slots, size]`; row i belongs to `slots[i]`."""
+    """Adds up the rows of each slot in `total [slots, size]`; group i of the batch belongs to `slots[i]`."""
 
     layout: Layout
     total: Tensor
     slots: Tensor
     parts: Collection[Part]
-    by_row: bool = field(default=True, init=False)
+    by_row: bool = field(default=False, init=False)
 
     def take(self, part: Part, name: str, gradient: Tensor) -> None:
-        """Add one block's rows at their slots."""
+        """Add one block's groups at their slots."""
         self.total[:, self.layout.slices[part, name]].index_add_(0, self.slots, gradient.flatten(1).float())
 
 

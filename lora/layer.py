@@ -4,6 +4,9 @@
 either the summed gradients of the factors or one gradient a row (dL/dB_i = s e_i^T (A x_i)^T), without a second pass.
 """
 
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,31 +18,42 @@ from lora.frame import Site
 from lora.gradients import GradientSink
 
 
+def _grouped(x: Tensor, matrix: Tensor) -> Tensor:
+    """View `x [rows, tokens, k]` as `[groups, rows / groups * tokens, k]` where the matrix is one a group."""
+    return x.view(matrix.shape[0], -1, x.shape[-1]) if matrix.dim() == 3 else x
+
+
 def _apply(left: Tensor, matrix: Tensor) -> Tensor:
-    """Multiply `left [rows, tokens, k]` by `matrix [k, m]`, or by one `[rows, k, m]` a row."""
-    return torch.bmm(left, matrix) if matrix.dim() == 3 else left @ matrix
+    """Multiply `left [rows, tokens, k]` by `matrix [k, m]`, or by one `[groups, k, m]` a group of rows."""
+    if matrix.dim() == 3:
+        return torch.bmm(_grouped(left, matrix), matrix).view(*left.shape[:2], -1)
+    return left @ matrix
 
 
 def _add_applied(total: Tensor, left: Tensor, matrix: Tensor, scale: float) -> Tensor:
     """Add scale * left @ matrix to `total [rows, tokens, m]` in place."""
     if matrix.dim() == 3:
-        return total.baddbmm_(left, matrix, alpha=scale)
-    width, depth = matrix.shape[1], matrix.shape[0]
-    return total.view(-1, width).addmm_(left.reshape(-1, depth), matrix, alpha=scale).view(total.shape)
+        _grouped(total, matrix).baddbmm_(_grouped(left, matrix), matrix, alpha=scale)
+    else:
+        total.view(-1, matrix.shape[1]).addmm_(left.view(-1, matrix.shape[0]), matrix, alpha=scale)
+    return total
 
 
-def _outer(left: Tensor, right: Tensor, *, by_row: bool, scale: float) -> Tensor:
-    """Sum left^T right over tokens: `[rows, m, k]`, or over rows as well: `[m, k]`."""
-    if by_row:
-        return torch.bmm(left.transpose(1, 2), right).mul_(scale)
-    return (left.reshape(-1, left.shape[-1]).T @ right.reshape(-1, right.shape[-1])).mul_(scale)
+def _outer(left: Tensor, right: Tensor, *, groups: int | None, scale: float) -> Tensor:
+    """Sum left^T right over tokens, for each of `groups` groups of rows, `[groups, m, k]`, or over all, `[m, k]`."""
+    if groups is None:
+        return (left.view(-1, left.shape[-1]).T @ right.view(-1, right.shape[-1])).mul_(scale)
+    left, right = left.view(groups, -1, left.shape[-1]), right.view(groups, -1, right.shape[-1])
+    return torch.bmm(left.transpose(1, 2), right).mul_(scale)
 
 
 class FusedLoRA(torch.autograd.Function):
-    """W x + bias + s B (A x), with A `[r, d_in]` and B `[d_out, r]`, or one of either a row.
+    """W x + bias + s B (A x), with A `[r, d_in]` and B `[d_out, r]`, or one of either for each group of rows.
 
-    With a sink, gradients of the factors go there and autograd sees none; without, autograd gets them as usual.
-    The frozen W gets no gradient, and the input is kept for the backward pass only where A trains.
+    A batch of n rows and g factors is g groups of n / g neighbouring rows; one row a group is the usual mixed batch,
+    larger groups make larger matrix products. With a sink, gradients of the factors go there and autograd sees none;
+    without, autograd gets them as usual. The frozen W gets no gradient, and the input is kept for the backward pass
+    only where A trains.
     """
 
     @staticmethod
@@ -77,15 +91,35 @@ class FusedLoRA(torch.autograd.Function):
             grad_x = _add_applied(F.linear(error, weight.T), back, a, ctx.scale)
         if sink is None:
             if ctx.needs_input_grad[4]:
-                grad_b = _outer(error, u, by_row=b.dim() == 3, scale=ctx.scale)
+                grad_b = _outer(error, u, groups=_groups(b), scale=ctx.scale)
             if ctx.wants_a:
-                grad_a = _outer(back, x, by_row=a.dim() == 3, scale=ctx.scale)
+                grad_a = _outer(back, x, groups=_groups(a), scale=ctx.scale)
         else:
+            rows = error.shape[0] if sink.by_row else None
             if "B" in sink.parts:
-                sink.take("B", ctx.name, _outer(error, u, by_row=sink.by_row, scale=ctx.scale))
+                sink.take("B", ctx.name, _outer(error, u, groups=rows or _groups(b), scale=ctx.scale))
             if ctx.wants_a:
-                sink.take("A", ctx.name, _outer(back, x, by_row=sink.by_row, scale=ctx.scale))
+                sink.take("A", ctx.name, _outer(back, x, groups=rows or _groups(a), scale=ctx.scale))
         return grad_x, None, None, grad_a, grad_b, None, None, None, None
+
+
+def _groups(matrix: Tensor) -> int | None:
+    return matrix.shape[0] if matrix.dim() == 3 else None
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What is bound to the layers: factors by site (A, B), where gradients go, and what makes autograd ask for them."""
+
+    factors: Mapping[str, tuple[Tensor, Tensor]]
+    sink: GradientSink | None
+    anchor: Tensor | None
+
+
+class Binding(threading.local):
+    """The present `Bound` of one model; every thread has its own, so that threads can answer different batches."""
+
+    now: Bound | None = None
 
 
 class AdaptedLinear(nn.Module):
@@ -94,15 +128,12 @@ class AdaptedLinear(nn.Module):
     Unbound, it is the base layer. Binding is by `lora.model.AdaptedModel`; shapes are checked here.
     """
 
-    def __init__(self, base: nn.Module, site: Site, *, scale: float) -> None:
+    def __init__(self, base: nn.Module, site: Site, *, scale: float, binding: Binding) -> None:
         super().__init__()
         self.base = base
         self.site = site
         self.scale = scale
-        self.a: Tensor | None = None
-        self.b: Tensor | None = None
-        self.sink: GradientSink | None = None
-        self.anchor: Tensor | None = None
+        self.binding = binding
 
     @property
     def weight(self) -> Tensor:
@@ -117,17 +148,18 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the adapted output; raises ModelError where rows have factors of their own and x has no rows."""
-        if self.a is None or self.b is None:
+        bound = self.binding.now
+        if bound is None:
             return self.base(x)  # type: ignore[no-any-return]
-        rows = self.b.shape[0] if self.b.dim() == 3 else x.shape[0]
-        if self.b.dim() == 3 and (x.dim() != 3 or x.shape[0] != rows):
+        a, b = (factor.to(x.dtype) for factor in bound.factors[self.site.name])
+        groups = _groups(b) or 1
+        if groups > 1 and (x.dim() != 3 or x.shape[0] % groups):
             raise ModelError(
-                f"'{self.site.name}' saw an input of shape {tuple(x.shape)} for {rows} rows of their own adapters; "
-                "leave it out of adapter.targets"
+                f"'{self.site.name}' saw an input of shape {tuple(x.shape)} for {groups} groups of rows with adapters "
+                "of their own; leave it out of adapter.targets"
             )
-        x3 = x if x.dim() == 3 else x.reshape(1, -1, x.shape[-1])
-        a, b = self.a.to(x.dtype), self.b.to(x.dtype)
+        x3 = (x if x.dim() == 3 else x.reshape(1, -1, x.shape[-1])).contiguous()
         y: Tensor = FusedLoRA.apply(  # type: ignore[no-untyped-call]
-            x3, self.weight, self.bias, a, b, self.scale, self.site.name, self.sink, self.anchor
+            x3, self.weight, self.bias, a, b, self.scale, self.site.name, bound.sink, bound.anchor
         )
         return y if x.dim() == 3 else y.reshape(*x.shape[:-1], -1)

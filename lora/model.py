@@ -11,11 +11,11 @@ from lora.config import AdapterConfig
 from lora.errors import ModelError
 from lora.frame import Frame, Site
 from lora.gradients import GradientSink
-from lora.layer import AdaptedLinear
+from lora.layer import AdaptedLinear, Binding, Bound
 from lora.targets import find_sites
 
 Blocks = Mapping[tuple[Part, str], Tensor]
-"""Factors by part and site: B `[d_out, r]` (or A `[r, d_in]`), or one a row: `[rows, d_out, r]`."""
+"""Factors by part and site: B `[d_out, r]` (and A `[r, d_in]`), or one a group of rows: `[groups, d_out, r]`."""
 
 
 class AdaptedModel:
@@ -26,10 +26,13 @@ class AdaptedModel:
     """
 
     def __init__(self, base: nn.Module, sites: tuple[Site, ...], frame: Frame, *, alpha: float) -> None:
+        for site in sites:
+            _refuse_nested(base, site.name)
         self.base = base.eval().requires_grad_(False)
         self.sites = sites
         self.frame = frame
         self.alpha = alpha
+        self._binding = Binding()
         self.layers = {site.name: self._adapt(site) for site in sites}
         self._anchor = torch.zeros((), requires_grad=True)
         self._versions = [(parameter, parameter._version) for parameter in base.parameters()]
@@ -55,19 +58,16 @@ class AdaptedModel:
 
     @contextmanager
     def bound(self, blocks: Blocks, *, sink: GradientSink | None = None) -> Iterator[nn.Module]:
-        """Answer with the given factors inside the block (A defaults to the frame); gradients go to `sink`."""
+        """Answer, in this thread, with the given factors (A defaults to the frame); gradients go to `sink`."""
         device = next(self.base.parameters()).device
+        frame = self.frame.matrices
+        factors = {name: (blocks.get(("A", name), frame[name].to(device)), blocks["B", name]) for name in self.layers}
+        before = self._binding.now
+        self._binding.now = Bound(factors, sink, self._anchor if sink is not None else None)
         try:
-            for name, layer in self.layers.items():
-                own = blocks.get(("A", name))
-                layer.a = self.frame.matrices[name].to(device) if own is None else own
-                layer.b = blocks["B", name]
-                layer.sink = sink
-                layer.anchor = self._anchor if sink is not None else None
             yield self.base
         finally:
-            for layer in self.layers.values():
-                layer.a = layer.b = layer.sink = layer.anchor = None
+            self._binding.now = before
 
     def base_moved(self) -> bool:
         """Whether any base parameter was written to since the layers were attached."""
@@ -82,13 +82,17 @@ class AdaptedModel:
 
     def _adapt(self, site: Site) -> AdaptedLinear:
         parent, leaf = self._parent(site.name)
-        base = getattr(parent, leaf)
-        if isinstance(base, AdaptedLinear):
-            raise ModelError(f"'{site.name}' is adapted already; detach the first adapter before attaching another")
-        layer = AdaptedLinear(base, site, scale=self.alpha / self.frame.rank)
+        layer = AdaptedLinear(getattr(parent, leaf), site, scale=self.scale, binding=self._binding).eval()
         setattr(parent, leaf, layer)
         return layer
 
     def _parent(self, name: str) -> tuple[nn.Module, str]:
         path, _, leaf = name.rpartition(".")
         return self.base.get_submodule(path), leaf
+
+
+def _refuse_nested(base: nn.Module, name: str) -> None:
+    """Raise ModelError where the site, or the layer that holds it, is adapted already; nothing has been changed yet."""
+    for path in (name, name.rpartition(".")[0]):
+        if isinstance(base.get_submodule(path), AdaptedLinear):
+            raise ModelError(f"'{path}' is adapted already; detach the first adapter before attaching another")

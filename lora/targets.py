@@ -16,23 +16,30 @@ def find_sites(model: nn.Module, targets: str | Sequence[str]) -> tuple[Site, ..
 
     A group counts the linear layers (nn.Linear, Conv1D) inside the numbered blocks of the model: those below a module
     called *attention* or *attn* are `attention`, the others `ffn`. A name means every linear layer whose path is the
-    name or ends in it, as in PEFT. Raises ModelError for a name that nothing carries.
+    name or ends in it, as in PEFT. A list may hold both. Raises ModelError for an empty list, and for a group or a name
+    that nothing carries.
     """
     layers = dict(_linear_layers(model))
-    if isinstance(targets, str) and targets in GROUPS:
-        names = [name for name in layers if _in_block(name) and targets in ("all", _role(name))]
-        if not names:
-            raise ModelError(
-                f"adapter.targets={targets}: the model has no such linear layers; known: {_leaves(layers)}"
-            )
-    else:
-        wanted = (targets,) if isinstance(targets, str) else tuple(targets)
-        for target in wanted:
-            if not any(_matches(name, target) for name in layers):
-                known = {*_leaves(layers), *GROUPS}
-                raise ModelError(f"adapter.targets: no linear layer is called '{target}'{nearest(target, known)}")
-        names = [name for name in layers if any(_matches(name, target) for target in wanted)]
+    wanted = (targets,) if isinstance(targets, str) else tuple(targets)
+    if not wanted:
+        raise ModelError(f"adapter.targets=[]: nothing would be adapted; known: {', '.join(GROUPS)}, {_listed(layers)}")
+    for target in wanted:
+        if not any(_means(target, name) for name in layers):
+            raise ModelError(_nothing_found(target, layers))
+    names = [name for name in layers if any(_means(target, name) for target in wanted)]
     return tuple(Site(name, *_widths(layers[name])) for name in names)
+
+
+def _means(target: str, name: str) -> bool:
+    if target in GROUPS:
+        return _in_block(name) and target in ("all", _role(name))
+    return _matches(name, target)
+
+
+def _nothing_found(target: str, layers: dict[str, nn.Module]) -> str:
+    if target in GROUPS:
+        return f"adapter.targets={target}: the model has no such linear layers; known: {_listed(layers)}"
+    return f"adapter.targets: no linear layer is called '{target}'{nearest(target, {*_leaves(layers), *GROUPS})}"
 
 
 def short_names(model: nn.Module, sites: Sequence[Site]) -> list[str]:
@@ -70,3 +77,7 @@ def _matches(name: str, target: str) -> bool:
 
 def _leaves(layers: dict[str, nn.Module]) -> list[str]:
     return sorted({name.rsplit(".", 1)[-1] for name in layers})
+
+
+def _listed(layers: dict[str, nn.Module]) -> str:
+    return ", ".join(_leaves(layers)) or "none (it has no nn.Linear or Conv1D)"

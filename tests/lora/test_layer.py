@@ -94,12 +94,14 @@ def test_sinks_agree_with_each_other(family, parts, random_blocks):
     adapted = AdaptedModel.attach(family.make(), AdapterConfig(rank=4))
     blocks = random_blocks(adapted)
     layout = Layout((*adapted.entries("A"), *adapted.entries("B"))).subset(parts)
+    factors = blocks | {("A", site.name): adapted.frame.matrices[site.name] for site in adapted.sites}
     slots = torch.tensor([0, 1, 1, 0, 2])
     summed = SummedGradients(layout, torch.zeros(layout.size), parts)
     slotted = SlotGradients(layout, torch.zeros(3, layout.size), slots, parts)
     apart = ExampleGradients(layout, parts)
-    for sink in (summed, slotted, apart):
-        with adapted.bound(blocks, sink=sink) as model:
+    each = {key: block.expand(5, *block.shape) for key, block in factors.items()}
+    for sink, bound in ((summed, factors), (slotted, each), (apart, each)):
+        with adapted.bound(bound, sink=sink) as model:
             family.output(model, family.inputs()).square().sum().backward()
     rows = torch.cat([block.flatten(1) for block in apart.of(parts)], dim=1)
     torch.testing.assert_close(rows.sum(0), summed.total, rtol=1e-4, atol=1e-4)

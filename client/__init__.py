@@ -1,0 +1,1 @@
+"""The Flower ClientApp: local training and the client's own privacy ledger."""

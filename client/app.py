@@ -1,0 +1,163 @@
+"""The Flower ClientApp: greet, train, evaluate. The data stay; B, counts and epsilon leave."""
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from client.job import ClientJob, Place, open_ledger, work_for
+from client.training import Trained, Work, train
+from lora.errors import FrameMismatch
+from privacy.ledger import Charge, Receipt
+from strategies.federated.job import read_job
+from strategies.federated.wire import METRICS, REPORT, WEIGHT, Declined, Order, Update, refusal
+
+log = logging.getLogger("lethe.client")
+
+Handler = Callable[[Message, Context], Message]
+
+
+def build(run_config: dict[str, Any] | None = None, *, ledger: Path | None = None) -> ClientApp:
+    """Make the ClientApp; a simulation may give it the run config and the ledger that Flower would else hand it."""
+    app = ClientApp()
+
+    def job_of(context: Context) -> ClientJob:
+        return read_job(ClientJob, dict(context.run_config) if run_config is None else run_config)
+
+    def place_of(context: Context) -> Place:
+        place = Place.of(context)
+        return place if ledger is None else Place(place.index, ledger, simulated=True)
+
+    @app.query("greet")
+    @sanitised
+    def greet(message: Message, context: Context) -> Message:
+        return Message(greeting(job_of(context), place_of(context)), reply_to=message)
+
+    @app.train()
+    @sanitised
+    def fit(message: Message, context: Context) -> Message:
+        job, place = job_of(context), place_of(context)
+        order = Order.read(message)
+        update = fit_one(job, place, order)
+        return Message(update.content(), reply_to=message)
+
+    @app.evaluate()
+    @sanitised
+    def evaluate(message: Message, context: Context) -> Message:
+        job, place = job_of(context), place_of(context)
+        return Message(evaluation(job, place, Order.read(message)), reply_to=message)
+
+    return app
+
+
+def sanitised(handler: Handler) -> Handler:
+    """Let no exception text leave the node: Flower would send it verbatim, and it may quote data."""
+
+    @wraps(handler)
+    def guarded(message: Message, context: Context) -> Message:
+        try:
+            return handler(message, context)
+        except Exception as error:
+            log.exception("a message could not be handled")
+            return refusal(error, message)
+
+    return guarded
+
+
+def greeting(job: ClientJob, place: Place) -> RecordDict:
+    """Say who this is, how many examples it holds (a public number, see the privacy assumptions) and its frame."""
+    learner = job.world.learner
+    size = len(job.world.shares[place.index]) if 0 <= place.index < len(job.world.shares) else 0
+    frame = learner.adapted.frame.digest
+    report: dict[str, Any] = {"client": place.name, "frame": frame, "layout": learner.layout.digest}
+    return RecordDict({METRICS: MetricRecord({WEIGHT: size}), REPORT: ConfigRecord(report)})
+
+
+def fit_one(job: ClientJob, place: Place, order: Order) -> Update:
+    """Train one client: check the frame, charge the ledger, train, and return what may leave."""
+    check(job, order)
+    work = work_for(job, place.index, number=order.round)
+    receipt = charge(job, [work], place, order)
+    for error in receipt.refused.values():
+        raise error
+    return updates(job, [work], run(job, [work], order), order, receipt.charged)[0]
+
+
+def check(job: ClientJob, order: Order) -> None:
+    """Refuse an order made for another frame or layout. Raises FrameMismatch."""
+    learner = job.world.learner
+    learner.adapted.frame.check(order.frame, who="the server")
+    if order.layout != learner.layout.digest:
+        raise FrameMismatch(
+            "the server's layout differs; use the same model, adapter, task.head and federation.strategy"
+        )
+
+
+def charge(job: ClientJob, works: Sequence[Work], place: Place, order: Order) -> Receipt:
+    """Charge the round's steps before any noise is drawn; says who was charged and who was refused."""
+    if not job.privacy.private:
+        return Receipt()
+    return open_ledger(place.ledger).charge_many([_charge_of(job, work, place, order) for work in works])
+
+
+def _charge_of(job: ClientJob, work: Work, place: Place, order: Order) -> Charge:
+    if work.private is None:
+        raise ValueError(f"client {work.client} has no privacy plan to charge")
+    return Charge(
+        client=work.client,
+        event=work.private.event(job.training.steps),
+        purpose=f"round {order.round}",
+        budget=job.privacy.epsilon,
+        delta=job.privacy.delta,
+        simulated=place.simulated,
+    )
+
+
+def run(job: ClientJob, works: Sequence[Work], order: Order) -> Trained:
+    """Train the given clients together."""
+    return train(
+        job.world.learner,
+        works,
+        start=order.vector,
+        config=job.training,
+        parts=order.train,
+        seed=job.seed,
+        number=order.round,
+    )
+
+
+def updates(
+    job: ClientJob, works: Sequence[Work], trained: Trained, order: Order, epsilons: dict[str, float]
+) -> list[Update]:
+    """Cut out of every client's result what may leave; a private client sends no loss, which would be a release."""
+    layout = job.world.learner.layout
+    frame = job.world.learner.adapted.frame.fingerprint()
+    return [
+        Update(
+            vector=layout.select(trained.values[slot], order.send).contiguous(),
+            client=work.client,
+            frame=frame,
+            examples=len(work.tokens),
+            loss=None if job.privacy.private else trained.losses[slot],
+            epsilon=epsilons.get(work.client),
+        )
+        for slot, work in enumerate(works)
+    ]
+
+
+def evaluation(job: ClientJob, place: Place, order: Order) -> RecordDict:
+    """Score the global adapter on the client's own examples; refused in private runs, where it would be a release."""
+    check(job, order)
+    if job.privacy.private:
+        raise Declined("a private client does not report its accuracy; leave federation.evaluate_clients off")
+    work = work_for(job, place.index, number=order.round)
+    scores = job.world.learner.score(order.vector, work.tokens)
+    metrics: dict[str, Any] = {WEIGHT: scores.examples, "accuracy": scores.accuracy, "loss": scores.loss}
+    return RecordDict({METRICS: MetricRecord(metrics), REPORT: ConfigRecord({"client": place.name})})
+
+
+app = build()

@@ -1,0 +1,1 @@
+"""The roof: the `lethe` command, the run file and the report."""

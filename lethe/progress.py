@@ -1,0 +1,138 @@
+"""What a run says while it runs: a bar on a terminal, plain lines elsewhere, and at the end where everything is."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.text import Text
+
+_PLACES = (
+    ("adapter", "adapter_path", "adapter"),
+    ("report", "report_path", "report.html"),
+    ("ledger", "ledger_path", "ledger.sqlite"),
+    ("metrics", "metrics_path", "metrics.jsonl"),
+)
+
+
+class Progress:
+    """Follows one run; use it as a context manager, so that the terminal is left in order whatever happens."""
+
+    def __init__(self, *, rounds: int, quiet: bool = False, console: Console | None = None) -> None:
+        self.rounds = rounds
+        self.directory: Path | None = None
+        """The run's directory, once it is known."""
+        self._quiet = quiet
+        self._console = console or Console(highlight=False)
+        self._bar: Bar | None = None
+        self._task = TaskID(0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop()
+
+    def started(self, run_dir: Path, lines: Sequence[str]) -> None:
+        """Say which run this is and what was decided for it, then show the bar."""
+        self.directory = run_dir
+        self.note(f"run {run_dir}")
+        for line in lines:
+            self.note(f"  {line}")
+        if self._console.is_terminal and not self._quiet:
+            self._bar = _bar(self._console)
+            self._task = self._bar.add_task("round", total=self.rounds)
+            self._bar.start()
+
+    def round_done(self, record: Mapping[str, Any]) -> None:
+        """Show one round's line of the metrics; rounds that a resume skipped count as done."""
+        self.note(round_line(record, rounds=self.rounds))
+        if self._bar is not None:
+            self._bar.update(self._task, completed=int(record["round"]))
+
+    def note(self, line: str) -> None:
+        """Show one line, above the bar where there is one."""
+        if not self._quiet:
+            self._print(line)
+
+    def finished(self, summary: Mapping[str, Any], run_dir: Path) -> None:
+        """Say what came out, and where adapter, report, ledger and metrics are."""
+        self._stop()
+        if self._quiet:
+            self._print(str(run_dir))
+            return
+        for line in outcome_lines(summary):
+            self._print(line)
+        for name, key, file in _PLACES:
+            path = Path(summary.get(key) or run_dir / file)
+            if path.exists():
+                self._print(f"{name:<8} {path}")
+
+    def _stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _print(self, line: str) -> None:
+        self._console.print(Text(line), soft_wrap=True)
+
+
+def _bar(console: Console) -> Bar:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return Bar(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True)
+
+
+def round_line(record: Mapping[str, Any], *, rounds: int) -> str:
+    """Return one round in one line: `round 3/5  4 of 4 clients  accuracy 81.2 %  loss 0.63  epsilon 3.2  1.4 s`."""
+    selected, accepted = record.get("selected") or [], record.get("accepted") or []
+    seconds = sum((record.get("seconds") or {}).values())
+    parts = [
+        f"round {record['round']:>{len(str(rounds))}}/{rounds}",
+        f"{len(accepted)} of {len(selected)} clients",
+        _percent("accuracy", record.get("accuracy")),
+        _figure("loss", record.get("loss")),
+        _figure("epsilon", max((record.get("epsilon") or {}).values(), default=None)),
+        f"{seconds:.1f} s",
+        _refusals(record.get("refused") or []),
+    ]
+    return "  ".join(part for part in parts if part)
+
+
+def _percent(name: str, value: float | None) -> str:
+    return "" if value is None else f"{name} {value:.1%}"
+
+
+def _figure(name: str, value: float | None) -> str:
+    return "" if value is None else f"{name} {value:.4g}"
+
+
+def _refusals(refused: Sequence[Mapping[str, Any]]) -> str:
+    named = [f"{each.get('client')} ({each.get('reason')})" for each in refused[:3]]
+    more = f" and {len(refused) - 3} more" if len(refused) > 3 else ""
+    return f"refused: {', '.join(named)}{more}" if named else ""
+
+
+def outcome_lines(summary: Mapping[str, Any]) -> list[str]:
+    """Return the outcome in one or two lines; an epsilon always with delta, unit, sampling and `simulated`."""
+    start, final = summary.get("accuracy_initial"), summary.get("accuracy_final")
+    lines = []
+    if final is not None:
+        before = f"{start:.1%} -> " if start is not None else ""
+        lines.append(f"accuracy {before}{final:.1%} after {summary.get('rounds', '?')} rounds")
+    if summary.get("epsilon_max") is not None:
+        lines.append(f"privacy  {epsilon_words(summary)}")
+    return lines
+
+
+def epsilon_words(summary: Mapping[str, Any]) -> str:
+    """Return `epsilon at most 7.98 at delta 1e-05 per example, poisson sampling (simulated)`."""
+    simulated = " (simulated)" if summary.get("simulated", True) else ""
+    return (
+        f"epsilon at most {summary['epsilon_max']:.4g} at delta {summary.get('delta')} per {summary.get('unit')}, "
+        f"{summary.get('sampling')} sampling{simulated}"
+    )

@@ -1,0 +1,179 @@
+"""Runs: a directory, a federation played into it, and a report."""
+
+import json
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from client.config import TrainingConfig
+from lethe.config import RunFile, load_run_file, resolved, to_yaml
+from lethe.progress import Progress
+from lethe.report import write_report
+from lora.errors import CheckpointError, RunError
+from privacy.plan import assumptions
+from simulation.engine import LEDGER, Stage, play
+from strategies.federated.job import World
+
+CONFIG = "config.yaml"
+_ROOF = ("name", "simulation")
+
+
+def simulate(run: RunFile, *, root: Path = Path("runs"), recipe: str = "run", progress: Progress | None = None) -> Path:
+    """Play a run file on this machine; returns the run directory.
+
+    Data and model are loaded first, so that a mistake in the run file leaves nothing behind. Raises RunError when the
+    named directory exists.
+    """
+    stage = Stage(_sections(run), root)
+    world = _prepared(stage)
+    directory = _new_directory(root, run.name, recipe)
+    (directory / CONFIG).write_text(to_yaml(run))
+    return _play(run, directory, world, recipe=recipe, progress=progress)
+
+
+def resume(directory: Path, *, progress: Progress | None = None) -> Path:
+    """Go on with a run that was stopped at any instant. Raises RunError where there is no run, or it has finished."""
+    file = directory / CONFIG
+    if not file.is_file():
+        raise RunError(f"{directory} is not a run: no {CONFIG} there")
+    run = load_run_file(file)
+    if (directory / "summary.json").is_file():
+        rounds = json.loads((directory / "summary.json").read_text())["rounds"]
+        if rounds >= run.federation.rounds:
+            raise CheckpointError(f"{directory} has finished all {rounds} rounds; start a new run under another name")
+    return _play(run, directory, _prepared(Stage(_sections(run), directory)), recipe=None, progress=progress)
+
+
+def _play(run: RunFile, directory: Path, world: World, *, recipe: str | None, progress: Progress | None) -> Path:
+    began = time.perf_counter()
+    stage = Stage(_sections(run), directory, about=_about(run, world), listen=_listener(progress))
+    if progress is not None:
+        progress.started(directory, _decisions(run, world))
+    play(stage, run.simulation)
+    summary = _complete(run, directory, recipe=recipe, wall=time.perf_counter() - began)
+    write_report(directory)
+    if progress is not None:
+        progress.finished(summary, directory)
+    return directory
+
+
+def _sections(run: RunFile) -> dict[str, Any]:
+    """Return the sections that travel to server and clients."""
+    return {key: value for key, value in resolved(run).items() if key not in _ROOF}
+
+
+def _prepared(stage: Stage) -> World:
+    """Load data and model now."""
+    world = stage.job.world
+    _ = world.shares, world.learner, world.train
+    return world
+
+
+def _new_directory(root: Path, name: str | None, recipe: str) -> Path:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        if name is not None:
+            directory = root / name
+            directory.mkdir()
+            return directory
+        stem = Path(recipe).stem
+        taken = [int(m[1]) for p in root.iterdir() if (m := re.fullmatch(rf"{re.escape(stem)}-(\d+)", p.name))]
+        directory = root / f"{stem}-{max(taken, default=0) + 1:03d}"
+        directory.mkdir()
+        return directory
+    except FileExistsError as error:
+        raise RunError(
+            f"{root / str(name)} exists already; choose another name=…, or go on with it: lethe resume {name}"
+        ) from error
+    except OSError as error:
+        raise RunError(
+            f"no run directory can be made below {root} ({error.strerror}); name a writable place"
+        ) from error
+
+
+def _about(run: RunFile, world: World) -> dict[str, Any]:
+    """Return what the first record says about clients and privacy; only a simulation knows the clients' labels."""
+    private = run.privacy.private
+    return {
+        "engine": run.simulation.engine,
+        "clients": [
+            {"client": str(index), "examples": len(share), "labels": _label_counts(world, share)}
+            for index, share in enumerate(world.shares)
+        ],
+        "privacy": _privacy(run) if private else None,
+    }
+
+
+def _label_counts(world: World, share: Any) -> dict[str, int] | None:
+    labels, names = world.splits.train.labels, world.splits.label_names
+    if labels is None:
+        return None
+    counts: dict[str, int] = {}
+    for row in share:
+        name = names[labels[row]]
+        counts[name] = counts.get(name, 0) + 1
+    return counts
+
+
+def _privacy(run: RunFile) -> dict[str, Any]:
+    stated = assumptions(run.privacy)
+    return {
+        "epsilon_budget": run.privacy.epsilon,
+        "delta": run.privacy.delta,
+        "unit": stated["unit"],
+        "adjacency": stated["adjacency"],
+        "sampling": run.privacy.sampling,
+        "assumptions": [f"{key}: {text}" for key, text in stated.items()],
+        "simulated": True,
+    }
+
+
+def _decisions(run: RunFile, world: World) -> list[str]:
+    """Say what was decided, and why, before anything runs."""
+    import torch
+
+    sizes = sorted(len(share) for share in world.shares)
+    training: TrainingConfig = run.training
+    learner = world.learner
+    lines = [
+        f"engine {run.simulation.engine}, {torch.get_num_threads()} torch threads, {run.model.dtype} base on the CPU",
+        f"model {learner.base.reference}: {len(learner.adapted.sites)} adapted matrices, frame "
+        f"{learner.adapted.frame.digest[:12]}, {learner.layout.size:,} numbers in an adapter",
+        f"{len(sizes)} clients with {sizes[0]} to {sizes[-1]} examples ({run.data.partition}); "
+        f"{run.federation.rounds} rounds of {training.steps} steps of {training.batch}",
+    ]
+    if run.privacy.private:
+        lines.append(
+            f"privacy: epsilon {run.privacy.epsilon} at delta {run.privacy.delta:g}, per example, add/remove one, "
+            "Poisson lots, against the server and everybody after it"
+        )
+    return lines
+
+
+def _listener(progress: Progress | None) -> Callable[[dict[str, Any]], None]:
+    def listen(record: dict[str, Any]) -> None:
+        if progress is not None and record["kind"] == "round":
+            progress.round_done(record)
+
+    return listen
+
+
+def _complete(run: RunFile, directory: Path, *, recipe: str | None, wall: float) -> dict[str, Any]:
+    """Add to the server's summary what only the roof knows."""
+    file = directory / "summary.json"
+    summary: dict[str, Any] = json.loads(file.read_text())
+    summary |= {
+        "name": directory.name,
+        "recipe": recipe,
+        "engine": run.simulation.engine,
+        "wall_s": round(wall, 3),
+        "ledger_path": str(directory / LEDGER) if run.privacy.private else None,
+        "metrics_path": str(directory / "metrics.jsonl"),
+        "report_path": str(directory / "report.html"),
+    }
+    aside = file.with_suffix(".tmp")
+    aside.write_text(json.dumps(summary, indent=1) + "\n")
+    aside.rename(file)
+    return summary

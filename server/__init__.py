@@ -1,0 +1,1 @@
+"""The Flower ServerApp: the round driver, checkpoints and run records."""

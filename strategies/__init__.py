@@ -1,0 +1,1 @@
+"""How updates are combined: federated, personal and unlearning strategies."""

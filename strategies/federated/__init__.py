@@ -1,0 +1,1 @@
+"""Federated strategies: FFA-LoRA and the references it is measured against."""
