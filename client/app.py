@@ -73,7 +73,7 @@ def greeting(job: ClientJob, place: Place) -> RecordDict:
     learner = job.world.learner
     size = len(job.world.shares[place.index]) if 0 <= place.index < len(job.world.shares) else 0
     frame = learner.adapted.frame.digest
-    report: dict[str, Any] = {"client": place.name, "frame": frame, "layout": learner.layout.digest}
+    report: dict[str, Any] = {"client": place.name, "frame": frame, "layout": learner.signature}
     return RecordDict({METRICS: MetricRecord({WEIGHT: size}), REPORT: ConfigRecord(report)})
 
 
@@ -91,9 +91,10 @@ def check(job: ClientJob, order: Order) -> None:
     """Refuse an order made for another frame or layout. Raises FrameMismatch."""
     learner = job.world.learner
     learner.adapted.frame.check(order.frame, who="the server")
-    if order.layout != learner.layout.digest:
+    if order.layout != learner.signature:
         raise FrameMismatch(
-            "the server's layout differs; use the same model, adapter, task.head and federation.strategy"
+            "the server trains another layout or another order of labels; use the same model, adapter, task, "
+            "federation.strategy and train labels on every client"
         )
 
 

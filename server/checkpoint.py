@@ -88,7 +88,7 @@ class Checkpoints:
         for directory in reversed(found):
             try:
                 return _load(directory)
-            except (OSError, ValueError, KeyError, TypeError) as error:
+            except (OSError, ValueError, KeyError) as error:
                 problems.append(f"{directory.name}: {error}")
         if problems:
             raise CheckpointError(f"no checkpoint below {self.directory} can be read: {'; '.join(problems)}")
@@ -130,6 +130,8 @@ def _flat(tree: object, prefix: str = "") -> dict[str, object]:
 
 def _load(directory: Path) -> Checkpoint:
     state = json.loads((directory / STATE).read_text())
+    if not isinstance(state, dict):
+        raise ValueError(f"{STATE} is damaged: it holds no object")
     data = (directory / ARRAYS).read_bytes()
     if _seal({key: value for key, value in state.items() if key != "sha256"}, data) != state["sha256"]:
         raise ValueError("damaged (sha256 differs)")

@@ -1,5 +1,7 @@
 """The learner: base model, adapter, head and task as one thing that is trained and scored."""
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -113,24 +115,32 @@ class CausalLM:
 
     def answer(self, base: torch.nn.Module, batch: Batch, blocks: Blocks, sink: GradientSink | None) -> Answers:
         """Predict every learned token; padding stands on the right, where causal attention never looks back at it."""
-        logits = base(input_ids=batch.input_ids, use_cache=False).logits[:, :-1].float()
-        wanted = batch.labels[:, 1:]
-        losses = F.cross_entropy(logits.transpose(1, 2), wanted, reduction="none", ignore_index=IGNORED)
+        logits = base(input_ids=batch.input_ids, use_cache=False).logits.float()
+        # The labels move one place to the left, not the logits: a slice of those would be copied.
+        wanted = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
+        losses = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none", ignore_index=IGNORED)
         learned = wanted != IGNORED
         asked = learned.sum(1)
         right = ((logits.detach().argmax(2) == wanted) & learned).sum(1)
-        return Answers(losses.sum(1) / asked.clamp(min=1), right, asked)
+        return Answers(losses.view(wanted.shape).sum(1) / asked.clamp(min=1), right, asked)
 
 
 class Learner:
     """Base, adapter and task; trains and answers for any number of flat vectors at once."""
 
-    def __init__(self, base: BaseModel, adapted: AdaptedModel, task: Task, *, trains_frame: bool) -> None:
-        self.base, self.adapted, self.task = base, adapted, task
+    def __init__(
+        self, base: BaseModel, adapted: AdaptedModel, task: Task, *, trains_frame: bool, labels: Sequence[str] = ()
+    ) -> None:
+        self.base, self.adapted, self.task, self.labels = base, adapted, task, tuple(labels)
         factors = (*adapted.entries("A"), *adapted.entries("B")) if trains_frame else adapted.entries("B")
         self.layout = Layout((*factors, *task.entries()))
         self.overhead = OVERHEAD_FLOP / base.parameters
         self.pad = int(base.tokenizer.pad_token_id)
+
+    @property
+    def signature(self) -> str:
+        """Fingerprint of what two sides must agree on beside the frame: the layout and the order of the labels."""
+        return hashlib.sha256(json.dumps([self.layout.digest, *self.labels]).encode()).hexdigest()
 
     def start(self) -> Tensor:
         """Return the vector `[size]` at round zero: A the frame (where it trains), B zero, the head as it starts."""
@@ -191,14 +201,12 @@ def build_learner(
     causal = task.kind == "causal-lm"
     base = load_base(model, causal=causal)
     max_length = min(task.max_length, base.positions or task.max_length)
-    if causal:
-        return Learner(
-            base, AdaptedModel.attach(base.model, adapter), CausalLM(base, max_length), trains_frame=trains_frame
-        )
-    pooling = _pooling(task, base)
-    head = _head(task, base, labels, pooling, seed=adapter.frame_seed)
+    made: Task = CausalLM(base, max_length)
+    if not causal:
+        pooling = _pooling(task, base)
+        made = Classification(base, _head(task, base, labels, pooling, seed=adapter.frame_seed), pooling, max_length)
     adapted = AdaptedModel.attach(base.model, adapter)
-    return Learner(base, adapted, Classification(base, head, pooling, max_length), trains_frame=trains_frame)
+    return Learner(base, adapted, made, trains_frame=trains_frame, labels=labels)
 
 
 def _pooling(task: TaskConfig, base: BaseModel) -> Pooling:

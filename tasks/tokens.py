@@ -154,7 +154,7 @@ def buckets(lengths: Ids, *, overhead: float, budget: int) -> list[Ids]:
     while stop > 0:
         start = int(cut[stop])
         rows = order[bounds[start] : bounds[stop]]
-        pieces = -(-len(rows) * int(-distinct[start]) // budget)
-        groups = [*np.array_split(rows, min(pieces, len(rows))), *groups]
+        most = max(1, budget // int(-distinct[start]))
+        groups = [*np.array_split(rows, -(-len(rows) // most)), *groups]
         stop = start
     return groups

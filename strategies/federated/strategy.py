@@ -58,9 +58,11 @@ class FederatedLoRA(Strategy):
         seed: int,
         private: bool,
         roster: dict[int, str],
+        signature: str | None = None,
     ) -> None:
         self.config, self.plan, self.layout, self.frame = config, plan, layout, frame
         self.seed, self.private, self.roster = seed, private, roster
+        self.signature = signature or layout.digest
         self.aggregator = build_aggregator(config)
         self.start_vector = torch.zeros(layout.size)
         self.asked: dict[str, str] = {}
@@ -83,7 +85,7 @@ class FederatedLoRA(Strategy):
             train=plan.train,
             send=plan.send,
             frame=self.frame.digest,
-            layout=self.layout.digest,
+            layout=self.signature,
         ).content()
         names = select(list(nodes), self.config, seed=self.seed, number=server_round)
         return [Message(content, dst_node_id=nodes[name], message_type=TRAIN) for name in names]
