@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from client.config import TrainingConfig
 from lora.bank import Bank
 from lora.codec import Layout, Part
+from lora.errors import PrivacyError
 from lora.gate import Gate
 from lora.gradients import ExampleGradients, GradientSink, SlotGradients, SummedGradients
 from privacy.clipping import add_clipped, clip_factors
@@ -77,6 +78,7 @@ def train(
     | example with a NaN or infinite gradient | contributes zero |
     | lot larger than expected | the denominator stays the expected size |
     """
+    _check_privacy(works)
     bank = Bank.of(learner.layout, start, slots=len(works))
     optimizer = _Optimizer(bank, config=config, parts=parts, start=start)
     streams = [_lots(work, config=config, seed=seed, number=number) for work in works]
@@ -89,6 +91,19 @@ def train(
         counts = [total + len(lot) for total, lot in zip(counts, lots, strict=True)]
     losses = tuple(total / count if count else 0.0 for total, count in zip(sums, counts, strict=True))
     return Trained(bank.data, losses)
+
+
+def _check_privacy(works: Sequence[Work]) -> None:
+    """Refuse a cohort that is not private as a whole. Raises PrivacyError."""
+    private = [work.private is not None for work in works]
+    if any(private) and not all(private):
+        raise PrivacyError("a cohort is private as a whole or not at all; train the others apart")
+    for work in works:
+        if work.private is not None and work.randomness is None:
+            raise PrivacyError(f"client {work.client} has a privacy plan and no source of randomness for its noise")
+    bounds = {(w.private.mechanism.clip, w.private.mechanism.head_clip) for w in works if w.private is not None}
+    if len(bounds) > 1:
+        raise PrivacyError(f"the clients of a cohort share one clip and head_clip, not {sorted(map(str, bounds))}")
 
 
 def _lots(work: Work, *, config: TrainingConfig, seed: int, number: int) -> Iterator[list[int]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from client.config import TrainingConfig
+from client.job import private_plan
 from lethe.config import RunFile, load_run_file, resolved, to_yaml
 from lethe.progress import Progress
 from lethe.report import write_report
@@ -65,9 +66,15 @@ def _sections(run: RunFile) -> dict[str, Any]:
 
 
 def _prepared(stage: Stage) -> World:
-    """Load data and model now."""
-    world = stage.job.world
-    _ = world.shares, world.learner, world.train
+    """Load data and model now, and plan every client's privacy: a budget that cannot be met fails before the start."""
+    job = stage.job
+    world = job.world
+    sizes = {len(share) for share in world.shares}
+    _ = world.learner, world.train
+    if job.privacy.private:
+        for size in sorted(sizes, reverse=True):
+            if size >= job.training.min_examples:
+                private_plan(job, size)
     return world
 
 
