@@ -86,6 +86,7 @@ class RoundDriver:
             job.federation,
             plan=job.plan,
             layout=self.learner.layout,
+            signature=self.learner.signature,
             frame=self.learner.adapted.frame,
             seed=job.seed,
             private=job.privacy.private,
@@ -97,7 +98,8 @@ class RoundDriver:
             mode="json", exclude={"server": True, "federation": {"timeout"}}
         )
         self.tally = Tally()
-        self.broke: set[str] = set()
+        self.unable: set[str] = set()
+        """Clients that have no budget left, or have declined: none of them will train in this run again."""
 
     def run(self) -> dict[str, Any]:
         """Run all rounds that are left and return the summary."""
@@ -152,7 +154,7 @@ class RoundDriver:
             self._check_laws(number, before, combined)
             progress.vector = combined
         else:
-            progress.spent = len(set(self.roster.names.values()) - self.broke) < self.job.federation.min_clients
+            progress.spent = len(set(self.roster.names.values()) - self.unable) < self.job.federation.min_clients
         with clock.timed("evaluate"):
             scores = self._evaluate(number, progress.vector)
         self.tally.last = self._record(number, selected, scores)
@@ -180,13 +182,14 @@ class RoundDriver:
         heard = {*outcome.accepted, *(refused.client for refused in outcome.refused)}
         waited = f"no reply within federation.timeout={self.job.federation.timeout:g} s"
         outcome.refused += [Refused(client, "missing", waited) for client in selected if client not in heard]
+        outcome.refused.sort(key=lambda refused: natural(refused.client))
         for refused in outcome.refused:
             self.tally.refused.append({"round": number, **vars(refused)})
         for client, update in outcome.accepted.items():
             if update.epsilon is not None:
                 self.tally.epsilons[client] = update.epsilon
         self.tally.aggregation_error = max(self.tally.aggregation_error, outcome.aggregation_error)
-        self.broke |= {refused.client for refused in outcome.refused if refused.reason == "budget"}
+        self.unable |= {refused.client for refused in outcome.refused if refused.reason in ("budget", "declined")}
         return before if arrays is None else read_vector_of(arrays)
 
     def _enough(self, number: int, selected: list[str]) -> bool:
@@ -287,8 +290,8 @@ class RoundDriver:
         """Ask clients for the accuracy on their own examples, where the run allows it."""
         if not self.job.federation.evaluate_clients:
             return None
-        frame, layout = self.learner.adapted.frame.digest, self.learner.layout
-        content = Order(progress.round, progress.vector, (), (), frame, layout.digest).content()
+        frame, layout = self.learner.adapted.frame.digest, self.learner.signature
+        content = Order(progress.round, progress.vector, (), (), frame, layout).content()
         names = sorted(self.roster.names.items(), key=lambda item: natural(item[1]))
         messages = [Message(content, dst_node_id=node, message_type=EVALUATE) for node, _ in names]
         ids, replies = exchange(self.grid, messages, timeout=self.job.federation.timeout)

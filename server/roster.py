@@ -29,13 +29,13 @@ def exchange(grid: Grid, messages: Sequence[Message], *, timeout: float) -> tupl
     the same message, are dropped: an update counts once.
     """
     ids = {identity: place for place, identity in enumerate(grid.push_messages(messages))}
-    waiting, replies = set(ids), []
+    waiting, replies = dict.fromkeys(ids), []
     deadline = time.monotonic() + timeout
     while waiting:
         for reply in grid.pull_messages(list(waiting)):
             answered = reply.metadata.reply_to_message_id
             if answered in waiting:
-                waiting.discard(answered)
+                del waiting[answered]
                 replies.append(reply)
         if not waiting or time.monotonic() >= deadline:
             break
