@@ -1,7 +1,9 @@
 """Runs: a directory, a federation played into it, and a report."""
 
 import json
+import os
 import re
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +19,7 @@ from privacy.plan import assumptions
 from simulation.engine import LEDGER, Stage, play
 from strategies.federated.job import World
 
-CONFIG = "config.yaml"
+CONFIG, SUMMARY, REPORT = "config.yaml", "summary.json", "report.html"
 _ROOF = ("name", "simulation")
 
 
@@ -27,10 +29,10 @@ def simulate(run: RunFile, *, root: Path = Path("runs"), recipe: str = "run", pr
     Data and model are loaded first, so that a mistake in the run file leaves nothing behind. Raises RunError when the
     named directory exists.
     """
-    stage = Stage(_sections(run), root)
-    world = _prepared(stage)
-    directory = _new_directory(root, run.name, recipe)
-    (directory / CONFIG).write_text(to_yaml(run))
+    if run.name is not None and (root / run.name).exists():
+        raise _taken(root / run.name)
+    world = _prepared(Stage(_sections(run), root))
+    directory = _new_directory(root, run, recipe=recipe)
     return _play(run, directory, world, recipe=recipe, progress=progress)
 
 
@@ -40,9 +42,12 @@ def resume(directory: Path, *, progress: Progress | None = None) -> Path:
     if not file.is_file():
         raise RunError(f"{directory} is not a run: no {CONFIG} there")
     run = load_run_file(file)
-    if (directory / "summary.json").is_file():
-        rounds = json.loads((directory / "summary.json").read_text())["rounds"]
-        if rounds >= run.federation.rounds:
+    if (directory / SUMMARY).is_file():
+        summary = json.loads((directory / SUMMARY).read_text())
+        if not (directory / REPORT).is_file():  # Stopped between the last round and its report.
+            return _close(run, directory, recipe=summary.get("recipe"), wall=summary["wall_s"], progress=progress)
+        if summary["rounds"] >= run.federation.rounds:
+            rounds = summary["rounds"]
             raise CheckpointError(f"{directory} has finished all {rounds} rounds; start a new run under another name")
     return _play(run, directory, _prepared(Stage(_sections(run), directory)), recipe=None, progress=progress)
 
@@ -52,8 +57,14 @@ def _play(run: RunFile, directory: Path, world: World, *, recipe: str | None, pr
     stage = Stage(_sections(run), directory, about=_about(run, world), listen=_listener(progress))
     if progress is not None:
         progress.started(directory, _decisions(run, world))
+    (directory / REPORT).unlink(missing_ok=True)
     play(stage, run.simulation)
-    summary = _complete(run, directory, recipe=recipe, wall=time.perf_counter() - began)
+    return _close(run, directory, recipe=recipe, wall=time.perf_counter() - began, progress=progress)
+
+
+def _close(run: RunFile, directory: Path, *, recipe: str | None, wall: float, progress: Progress | None) -> Path:
+    """Complete the summary, write the report, and say where everything is."""
+    summary = _complete(run, directory, recipe=recipe, wall=wall)
     write_report(directory)
     if progress is not None:
         progress.finished(summary, directory)
@@ -78,26 +89,33 @@ def _prepared(stage: Stage) -> World:
     return world
 
 
-def _new_directory(root: Path, name: str | None, recipe: str) -> Path:
+def _new_directory(root: Path, run: RunFile, *, recipe: str) -> Path:
+    """Make the run's directory with its config inside: written aside and renamed, so that no half-made run is seen."""
+    aside = root / f".new.{os.getpid()}"
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        if name is not None:
-            directory = root / name
-            directory.mkdir()
-            return directory
-        stem = Path(recipe).stem
-        taken = [int(m[1]) for p in root.iterdir() if (m := re.fullmatch(rf"{re.escape(stem)}-(\d+)", p.name))]
-        directory = root / f"{stem}-{max(taken, default=0) + 1:03d}"
-        directory.mkdir()
-        return directory
-    except FileExistsError as error:
-        raise RunError(
-            f"{root / str(name)} exists already; choose another name=…, or go on with it: lethe resume {name}"
-        ) from error
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        (aside / CONFIG).write_text(to_yaml(run))
+        directory = root / (run.name or _next_name(root, Path(recipe).stem))
+        if directory.exists():
+            raise _taken(directory)
+        return aside.rename(directory)
     except OSError as error:
         raise RunError(
             f"no run directory can be made below {root} ({error.strerror}); name a writable place"
         ) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _next_name(root: Path, stem: str) -> str:
+    taken = [int(m[1]) for p in root.iterdir() if (m := re.fullmatch(rf"{re.escape(stem)}-(\d+)", p.name))]
+    return f"{stem}-{max(taken, default=0) + 1:03d}"
+
+
+def _taken(directory: Path) -> RunError:
+    name = directory.name
+    return RunError(f"{directory} exists already; choose another name=…, or go on with it: lethe resume {name}")
 
 
 def _about(run: RunFile, world: World) -> dict[str, Any]:
@@ -169,7 +187,7 @@ def _listener(progress: Progress | None) -> Callable[[dict[str, Any]], None]:
 
 def _complete(run: RunFile, directory: Path, *, recipe: str | None, wall: float) -> dict[str, Any]:
     """Add to the server's summary what only the roof knows."""
-    file = directory / "summary.json"
+    file = directory / SUMMARY
     summary: dict[str, Any] = json.loads(file.read_text())
     summary |= {
         "name": directory.name,
@@ -178,7 +196,7 @@ def _complete(run: RunFile, directory: Path, *, recipe: str | None, wall: float)
         "wall_s": round(wall, 3),
         "ledger_path": str(directory / LEDGER) if run.privacy.private else None,
         "metrics_path": str(directory / "metrics.jsonl"),
-        "report_path": str(directory / "report.html"),
+        "report_path": str(directory / REPORT),
     }
     aside = file.with_suffix(".tmp")
     aside.write_text(json.dumps(summary, indent=1) + "\n")

@@ -104,7 +104,7 @@ def test_a_run_that_stops_says_how_to_go_on_and_goes_on(
     fake: FakeRun, capsys: pytest.CaptureFixture[str], stop: BaseException, code: int, words: str
 ) -> None:
     fake.stop = stop
-    assert main(["simulate", "quickstart", "name=first"]) == code
+    assert main(["simulate", "quickstart", "federation.rounds=10", "name=first"]) == code
     message = errors(capsys)
     assert "the run stopped; `lethe resume first` goes on" in message
     assert words in message
