@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from flwr.app import Context
@@ -75,8 +76,13 @@ def private_plan(job: ClientJob, population: int) -> PrivatePlan:
     )
 
 
+@lru_cache(maxsize=64)
 def open_ledger(path: Path) -> Ledger:
-    """Open (or create) the ledger at its place."""
+    """Open (or create) the ledger at its place, once in a process.
+
+    Kept open, so to speak: a ledger that vanishes later is an error, where opening it anew would begin an empty one and
+    forget what was spent.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     return Ledger(path)
 

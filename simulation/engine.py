@@ -14,7 +14,7 @@ from flwr.app import Context, RecordDict
 from flwr.serverapp import ServerApp
 
 from client.app import build as build_client
-from client.job import ClientJob
+from client.job import ClientJob, open_ledger
 from lora.errors import ConfigError
 from privacy.ledger import Ledger
 from server.app import build as build_server
@@ -70,6 +70,7 @@ class Stage:
 def play(stage: Stage, config: SimulationConfig) -> None:
     """Run the job with the configured engine; the run's records are in the stage's directory afterwards."""
     logging.getLogger("flwr").setLevel(logging.WARNING)
+    open_ledger.cache_clear()  # A new run starts with the file as it finds it, and then holds on to it.
     if config.engine == "ray":
         _play_ray(stage)
         return

@@ -117,7 +117,7 @@ def _locate(config: ModelConfig) -> tuple[str, str]:
                 hint = f"; it holds {len(found)} models: {', '.join(found)}" if found else ""
                 raise ModelError(f"model.path={config.path}: no config.json there; give a directory of one model{hint}")
             path = Path(found[0])
-        return str(path), config.name if config.name != "minilm" else path.name
+        return str(path), str(path)
     if config.name == "minilm":
         return str(embedded_minilm()), "sentence-transformers/all-MiniLM-L6-v2"
     return config.name, config.name

@@ -11,7 +11,8 @@ from flwr.app import Context, RecordDict
 
 from client.job import DEFAULT_LEDGER, LEDGER_VARIABLE, ClientJob, Place, hash_of, open_ledger, private_plan, work_for
 from lora.errors import ConfigError, PrivacyError
-from privacy.accounting import calibrate
+from privacy.accounting import Event, calibrate
+from privacy.ledger import Charge
 from privacy.randomness import SecureRandomness, SeededRandomness
 from strategies.federated.wire import Declined
 
@@ -95,3 +96,15 @@ def test_no_two_clients_or_rounds_share_a_seed() -> None:
 
 def test_a_ledger_s_folder_is_made(tmp_path: Path) -> None:
     assert open_ledger(tmp_path / "deep" / "down" / "ledger.sqlite").position() == 0
+
+
+def test_a_ledger_that_vanishes_in_mid_run_is_an_error_and_not_begun_anew(tmp_path: Path) -> None:
+    """An empty ledger would forget what was spent, and the next charge would pass a budget that is long gone."""
+    path = tmp_path / "ledger.sqlite"
+    event = Event(rate=0.1, noise_multiplier=1.0, steps=5)
+    charge = Charge(client="0", event=event, purpose="round 1", budget=None, delta=1e-5)
+    open_ledger(path).charge_many([charge])
+    path.unlink()
+    with pytest.raises(PrivacyError, match=r"ledger"):
+        open_ledger(path).charge_many([charge])
+    assert not path.exists()
