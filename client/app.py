@@ -124,7 +124,7 @@ def run(job: ClientJob, works: Sequence[Work], order: Order) -> Trained:
         job.world.learner,
         works,
         start=order.vector,
-        config=job.training,
+        config=job.training.at(order.round, rounds=job.federation.rounds),
         parts=order.train,
         seed=job.seed,
         number=order.round,

@@ -18,6 +18,8 @@ class TrainingConfig(Section):
     """Local optimizer; its state starts anew in every round."""
     rate: float = Field(0.1, gt=0)
     """Learning rate."""
+    decay: Literal["none", "linear"] = "none"
+    """Rates stay, or fall linearly over the rounds (the last round trains at 1/rounds of them): noise averages out."""
     momentum: float = Field(0.0, ge=0, lt=1)
     """Momentum of SGD."""
     weight_decay: float = Field(0.0, ge=0)
@@ -28,6 +30,14 @@ class TrainingConfig(Section):
     """FedProx: mu of the pull towards the round's start."""
     min_examples: int = Field(2, ge=1)
     """A client with fewer examples declines, and is named in the report."""
+
+    def at(self, number: int, *, rounds: int) -> "TrainingConfig":
+        """Return the section as it holds in a round (the first is 1)."""
+        if self.decay == "none":
+            return self
+        left = (rounds - number + 1) / rounds
+        head = None if self.head_rate is None else self.head_rate * left
+        return self.model_copy(update={"rate": self.rate * left, "head_rate": head})
 
     @model_validator(mode="after")
     def _options_fit_the_optimizer(self) -> "TrainingConfig":
