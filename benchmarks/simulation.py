@@ -47,7 +47,7 @@ def minilm(*, clients: int, steps: int, batch: int) -> Sections:
     """MiniLM with adapters in its attention, on the built-in questions."""
     return {
         "model": {"name": "minilm"},
-        "task": {"head": "frozen"},
+        "task": {"head": "frozen", "max_length": 16},
         "data": {"name": "builtin", "max_eval": 32},
         "adapter": {"targets": "attention"},
         "federation": {"clients": clients, "rounds": 3},
