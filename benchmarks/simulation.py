@@ -3,8 +3,9 @@
     python -m benchmarks.simulation [--passes 3] [--stories DIRECTORY]
 
 Each run is a process of its own, engines interleaved. Wall time is from the call that starts the engine to the result:
-it holds loading model and data and, for Ray, starting its actors, but not the imports of the main process. Memory is
-the peak of the summed proportional set sizes of all processes of the run.
+it holds loading model and data and, for Ray, starting its actors with their imports, but not the imports of the main
+process, which every engine pays alike (among them pandas, for the partitioners). Memory is the peak of the summed
+proportional set sizes of all processes of the run.
 
 - stories260k (or, without `--stories`, a random Llama of that size), K=32 clients with texts by speaker, 20 steps of
   2 texts of 16 tokens: overhead rules. The same with 8 texts of 32 tokens, where arithmetic does.
@@ -58,6 +59,8 @@ def minilm(*, clients: int, steps: int, batch: int) -> Sections:
 
 def play(engine: str, sections: Sections) -> None:
     """Run one engine in this process and print its wall seconds: what a worker process does."""
+    import flwr_datasets.partitioner  # noqa: F401 (else imported when the data are divided, inside the timed span)
+
     from simulation.config import SimulationConfig
     from simulation.engine import Stage
     from simulation.engine import play as start

@@ -18,13 +18,14 @@ from lora.gradients import ExampleGradients, GradientSink, SlotGradients, Summed
 from privacy.clipping import add_clipped, clip_factors
 from privacy.plan import PrivatePlan
 from privacy.randomness import Randomness
+from tasks.device import release
 from tasks.learner import Learner
 from tasks.parallel import spread
 from tasks.tokens import Batch, Tokens
 
 FACTORS: tuple[Part, ...] = ("A", "B")
 GROUP = 4
-"""Rows of one client that share a matrix product in a cohort."""
+"""Most rows of one client that share a matrix product in a cohort."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Trained:
-    """What training came to: `values [clients, layout.size]` and every client's mean loss over the rows it saw."""
+    """What training came to: `values [clients, layout.size]`, float32 on the CPU, and every client's mean loss."""
 
     values: Tensor
     losses: tuple[float, ...]
@@ -66,7 +67,8 @@ def train(
     """Train every client for `config.steps` from `start [layout.size]`; only `parts` move.
 
     Clients share forward and backward passes, never numbers: each has its own slot, lots, clip, noise and optimizer
-    state, so that a client's result does not depend on who trains beside it (up to rounding).
+    state, so that a client's result does not depend on who trains beside it (up to rounding). Values, gradients, clips,
+    noise and sums are float32 whatever the base computes in, and nothing but the base stays on a GPU afterwards.
 
     **Guarantee** (private works): a client's result depends on its examples only through `config.steps` sums of
     gradients, each clipped over all factors together to `clip` (and over a trained head to `head_clip`), to which noise
@@ -79,6 +81,7 @@ def train(
     | lot larger than expected | the denominator stays the expected size |
     """
     _check_privacy(works)
+    start = start.to(learner.device)
     bank = Bank.of(learner.layout, start, slots=len(works))
     optimizer = _Optimizer(bank, config=config, parts=parts, start=start)
     streams = [_lots(work, config=config, seed=seed, number=number) for work in works]
@@ -90,7 +93,10 @@ def train(
         sums = [total + loss for total, loss in zip(sums, step.losses, strict=True)]
         counts = [total + len(lot) for total, lot in zip(counts, lots, strict=True)]
     losses = tuple(total / count if count else 0.0 for total, count in zip(sums, counts, strict=True))
-    return Trained(bank.data, losses)
+    trained = Trained(bank.data.cpu(), losses)
+    del bank, optimizer, step
+    release(learner.device)
+    return trained
 
 
 def _check_privacy(works: Sequence[Work]) -> None:
@@ -144,7 +150,8 @@ def _step(
             _add_batch(own, learner, bank, works, batch, slots=slots, group=group, sizes=sizes, parts=parts)
         return own
 
-    gathered = spread(gather, [float(batch.input_ids.numel()) + learner.overhead for batch, _, _ in jobs])
+    costs = [float(batch.input_ids.numel()) + learner.overhead for batch, _, _ in jobs]
+    gathered = spread(gather, costs, count=learner.workers)
     step = gathered[0] if gathered else _Step(torch.zeros_like(bank.data), [0.0] * len(works))
     for other in gathered[1:]:
         step.gradients += other.gradients
@@ -166,15 +173,16 @@ def _add_batch(
     parts: Sequence[Part],
 ) -> None:
     """Add one batch to a step: its i-th group of `group` rows is of client `slots[i]`, whose lot has `sizes` rows."""
-    gate = Gate.one(0) if len(works) == 1 else Gate.rows(slots)
+    here = slots.to(learner.device)
+    gate = Gate.one(0) if len(works) == 1 else Gate.rows(here)
     owners = slots.repeat_interleave(group)
-    sink = _sink(bank.layout, step.gradients, slots, parts=parts, private=works[0].private is not None)
+    sink = _sink(bank.layout, step.gradients, here, parts=parts, private=works[0].private is not None)
     loss = learner.answers(bank.mix(gate), batch, sink=sink).loss
     if isinstance(sink, ExampleGradients):
         torch.autograd.backward(loss.sum())
         _add_private(sink, step.gradients, owners, works)
     else:
-        torch.autograd.backward(loss.dot(1.0 / sizes[owners].to(loss.dtype)))
+        torch.autograd.backward(loss.dot((1.0 / sizes[owners].to(loss.dtype)).to(learner.device)))
     for slot, value in zip(owners.tolist(), loss.tolist(), strict=True):
         step.losses[slot] += value
 
@@ -193,7 +201,7 @@ def _chunks(works: Sequence[Work], lots: Sequence[Sequence[int]]) -> list[_Chunk
 
     A group shares one gather of its client's vector and one matrix product, which single rows would each pay for.
     """
-    size = GROUP if len(works) > 1 else 1
+    size = min(GROUP, max(1, *map(len, lots))) if len(works) > 1 else 1
     grouped: tuple[list[tuple[Tokens, int]], list[int]] = ([], [])
     single: tuple[list[tuple[Tokens, int]], list[int]] = ([], [])
     for slot, (work, lot) in enumerate(zip(works, lots, strict=True)):
@@ -249,7 +257,7 @@ def _add_noise(total: Tensor, layout: Layout, works: Sequence[Work], *, parts: S
         noise = work.private.mechanism.noise(layout.length(parts), work.randomness)
         padded = torch.zeros(layout.size)
         layout.insert(padded, parts, noise)
-        total[slot] = (total[slot] + padded) / work.private.lot
+        total[slot] = (total[slot] + padded.to(total.device)) / work.private.lot
 
 
 @dataclass

@@ -10,7 +10,8 @@
     │   └── BudgetExceeded   the next private step would pass the budget
     ├── RunError             a run directory cannot be used
     │   └── CheckpointError  a checkpoint is missing, damaged or of another config
-    └── FederationError      too few clients are left to go on
+    ├── FederationError      too few clients are left to go on
+    └── DeploymentError      a process of a deployment cannot be started or reached, or a submitted run failed
 
 A message states the value, the limit and the remedy, in the spelling of the run file.
 """
@@ -61,6 +62,10 @@ class CheckpointError(RunError):
 
 class FederationError(LetheError):
     """Fewer clients answered than the run file demands."""
+
+
+class DeploymentError(LetheError):
+    """A process of a deployment cannot be started or reached, or a submitted run failed."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -99,6 +99,12 @@ class Frame:
             rank,
         )
 
+    def to(self, device: torch.device) -> "Frame":
+        """Return the frame on a device; itself where it is there already."""
+        if all(matrix.device == device for matrix in self.matrices.values()):
+            return self
+        return type(self)({name: matrix.to(device) for name, matrix in self.matrices.items()}, self.rank)
+
     @cached_property
     def digest(self) -> str:
         """Fingerprint of the frame as it was when first asked for (sha256, hex)."""

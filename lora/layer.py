@@ -5,7 +5,8 @@ either the summed gradients of the factors or one gradient a row (dL/dB_i = s e_
 """
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,11 +41,19 @@ def _add_applied(total: Tensor, left: Tensor, matrix: Tensor, scale: float) -> T
 
 
 def _outer(left: Tensor, right: Tensor, *, groups: int | None, scale: float) -> Tensor:
-    """Sum left^T right over tokens, for each of `groups` groups of rows, `[groups, m, k]`, or over all, `[m, k]`."""
+    """Sum left^T right over tokens, for each of `groups` groups of rows, `[groups, m, k]`, or over all, `[m, k]`.
+
+    They are float32 where the base computes in half precision too: gradients are rounded no coarser before the clip.
+    """
+    left, right = _wide(left), _wide(right)
     if groups is None:
         return (left.view(-1, left.shape[-1]).T @ right.view(-1, right.shape[-1])).mul_(scale)
     left, right = left.view(groups, -1, left.shape[-1]), right.view(groups, -1, right.shape[-1])
     return torch.bmm(left.transpose(1, 2), right).mul_(scale)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 class FusedLoRA(torch.autograd.Function):
@@ -120,6 +129,15 @@ class Binding(threading.local):
     """The present `Bound` of one model; every thread has its own, so that threads can answer different batches."""
 
     now: Bound | None = None
+
+    @contextmanager
+    def of(self, bound: Bound) -> Iterator[None]:
+        """Bind in this thread for the block, and afterwards what was bound before."""
+        before, self.now = self.now, bound
+        try:
+            yield
+        finally:
+            self.now = before
 
 
 class AdaptedLinear(nn.Module):

@@ -12,6 +12,7 @@ from lora.errors import ModelError
 from lora.frame import Frame, Site
 from lora.gradients import GradientSink
 from lora.layer import AdaptedLinear, Binding, Bound
+from lora.recompute import Recomputed, block_names
 from lora.targets import find_sites
 
 Blocks = Mapping[tuple[Part, str], Tensor]
@@ -30,11 +31,13 @@ class AdaptedModel:
             _refuse_nested(base, site.name)
         self.base = base.eval().requires_grad_(False)
         self.sites = sites
-        self.frame = frame
+        device = next(base.parameters()).device
+        self.frame = frame.to(device)
         self.alpha = alpha
         self._binding = Binding()
         self.layers = {site.name: self._adapt(site) for site in sites}
-        self._anchor = torch.zeros((), requires_grad=True)
+        self._recomputed: list[nn.Module] = []
+        self._anchor = torch.zeros((), device=device, requires_grad=True)
         self._versions = [(parameter, parameter._version) for parameter in base.parameters()]
 
     @classmethod
@@ -62,19 +65,39 @@ class AdaptedModel:
         device = next(self.base.parameters()).device
         frame = self.frame.matrices
         factors = {name: (blocks.get(("A", name), frame[name].to(device)), blocks["B", name]) for name in self.layers}
-        before = self._binding.now
-        self._binding.now = Bound(factors, sink, self._anchor if sink is not None else None)
-        try:
+        with self._binding.of(Bound(factors, sink, self._anchor if sink is not None else None)):
             yield self.base
-        finally:
-            self._binding.now = before
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether blocks run twice instead of keeping what is inside."""
+        return bool(self._recomputed)
+
+    def recompute_blocks(self) -> None:
+        """Keep only the inputs of the model's blocks for the backward pass, and run every block twice instead.
+
+        Gradients stay the same. Raises ModelError for a model without a list of blocks around its adapted matrices.
+        """
+        names = block_names([name for name, _ in self.base.named_modules()], [site.name for site in self.sites])
+        if not names:
+            raise ModelError(
+                "model.gradient_checkpointing=true: the adapted matrices lie in no list of blocks (such as layers.0) "
+                "that could be run again; set it to false"
+            )
+        for block in map(self.base.get_submodule, names):
+            if not isinstance(block.forward, Recomputed):
+                block.forward = Recomputed(block.forward, self._binding)
+                self._recomputed.append(block)
 
     def base_moved(self) -> bool:
         """Whether any base parameter was written to since the layers were attached."""
         return any(parameter._version != version for parameter, version in self._versions)
 
     def detach(self) -> nn.Module:
-        """Put the original layers back and return the base model."""
+        """Put the original layers and blocks back and return the base model."""
+        for block in self._recomputed:
+            del block.forward
+        self._recomputed.clear()
         for name, layer in self.layers.items():
             parent, leaf = self._parent(name)
             setattr(parent, leaf, layer.base)

@@ -41,10 +41,10 @@ def clip_factors(blocks: Sequence[Tensor], *, bound: float) -> Tensor:
     wrong = ~norms.isfinite()
     if bool(wrong.any()):
         for block in blocks:
-            block[wrong] = 0
+            block[wrong.to(block.device)] = 0
     factors = torch.where(norms > bound, (bound * _SHRINK) / norms, 1.0)
     factors[wrong | (factors < _SMALLEST)] = 0
-    return factors.float()
+    return factors.float().to(blocks[0].device)
 
 
 @torch.no_grad()
@@ -52,14 +52,16 @@ def add_clipped(total: Tensor, blocks: Sequence[Tensor], *, factors: Tensor, slo
     """Add `factors[i] * g_i` to `total` `[P]`, or to row `slots[i]` of `total` `[slots, P]`, in place.
 
     P is the size of a row of all blocks together, in their order. Rows of one slot that lie side by side are added
-    in one product, so a batch sorted by slot is the fast case (2-5 times faster than an index_add_ on a CPU).
+    in one product, so a batch sorted by slot is the fast case (2-5 times faster than an index_add_ on a CPU). On a GPU,
+    where every product is a launch of its own, this is done for the rows of a single slot only. `slots` is best on
+    the CPU, since its values are read.
 
     Raises ValueError when P and the blocks disagree.
     """
     width = sum(math.prod(block.shape[1:]) for block in blocks)
     if total.shape[-1] != width:
         raise ValueError(f"the total holds {total.shape[-1]} values per slot, the blocks hold {width} per example")
-    runs = list(_runs(slots)) if slots is not None and total.device.type == "cpu" else []
+    runs = list(_runs(slots)) if slots is not None else []
     start = 0
     for block in blocks:
         rows = block.flatten(1)
@@ -67,11 +69,15 @@ def add_clipped(total: Tensor, blocks: Sequence[Tensor], *, factors: Tensor, slo
         start += rows.shape[1]
         if slots is None:
             _add(piece, rows, factors)
-        elif piece.device.type == "cpu":
+        elif _run_by_run(total.device, runs=len(runs)):
             for slot, first, last in runs:
                 _add(piece[slot], rows[first:last], factors[first:last])
         else:
-            piece.index_add_(0, slots, rows * factors[:, None])
+            piece.index_add_(0, slots.to(piece.device), rows * factors[:, None])
+
+
+def _run_by_run(device: torch.device, *, runs: int) -> bool:
+    return device.type == "cpu" or runs == 1
 
 
 def _check_bound(bound: float) -> None:
@@ -87,7 +93,9 @@ def _norms(blocks: Sequence[Tensor]) -> Tensor:
 
 
 def _block_norms(block: Tensor) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(block.flatten(1), dim=1, dtype=torch.float64)
+    # Apple's GPUs have no float64, and float32 could not keep the bound.
+    rows = block.flatten(1).cpu() if block.device.type == "mps" else block.flatten(1)
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
     return norms
 
 

@@ -16,8 +16,13 @@ class ModelConfig(Section):
     """A local directory in Hugging Face form; wins over `name`."""
     revision: str | None = None
     """Hub revision (branch, tag or commit)."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the frozen base; B, its gradients, clipping and noise stay float32."""
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?|mps)$")
+    """Where the base computes: auto (the first GPU, else the CPU), cpu, cuda, cuda:N or mps; a node may choose."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the frozen base (auto: bfloat16 on GPUs that have it, else float32); B, gradients, clipping, noise
+    and sums stay float32. float16 has little range: use it only where a GPU lacks bfloat16."""
+    gradient_checkpointing: bool = False
+    """Keep only the inputs of the base's blocks and run every block twice: far less memory, a third more time."""
 
 
 class TaskConfig(Section):
@@ -62,6 +67,8 @@ class DataConfig(Section):
     """Column(s) of a natural owner such as `speaker` or `user`, for `partition: natural`."""
     drop_labels: tuple[str, ...] = ()
     """Labels whose rows are left out of every split."""
+    labels: tuple[str, ...] | None = None
+    """All labels in their agreed order, for nodes with data of their own; null: those of the train split."""
     holdout: float = Field(0.1, gt=0, lt=0.5)
     """Share of the train split kept for a validation or test split that is not given."""
     max_train: int | None = Field(None, ge=1)
@@ -76,6 +83,12 @@ class DataConfig(Section):
     """Label-sorted shards that each client gets with `partition: shards`."""
     shares: tuple[tuple[float, ...], ...] | None = None
     """With `partition: shares`: one row per client, its mix of labels (sums to 1); clients are of equal size."""
+
+    @model_validator(mode="after")
+    def _labels_are_distinct(self) -> "DataConfig":
+        if self.labels is not None and (len(self.labels) < 2 or len(set(self.labels)) < len(self.labels)):
+            raise ValueError("`labels: [...]` names two or more labels, each once")
+        return self
 
     @model_validator(mode="after")
     def _shares_go_together(self) -> "DataConfig":

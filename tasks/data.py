@@ -31,23 +31,29 @@ class Rows:
     owners: tuple[str, ...] | None = None
 
 
-def load_splits(config: DataConfig, *, kind: Kind, seed: int) -> Splits:
+def load_splits(config: DataConfig, *, kind: Kind, seed: int, own: bool = False) -> Splits:
     """Load train, validation and test examples as `data:` describes them.
 
-    Label names are those of the whole train split, in numeric order if all are numbers, else sorted. A split that is
-    not given is held out of train: rows drawn with `seed`, disjoint, the rest stays in train. Equal arguments and
-    equal data give equal splits on every platform. Raises DataError for data and ConfigError for settings that
-    cannot be used.
+    Label names are `data.labels`, else those of the whole train split, in numeric order if all are numbers, else
+    sorted. A split that is not given is held out of train: rows drawn with `seed`, disjoint, the rest stays in train.
+    With `own` all training rows stay there, and the other splits are empty. Equal arguments and equal data give equal
+    splits on every platform. Raises DataError for data and ConfigError for settings that cannot be used.
     """
     if kind == "classification" and config.prompt is not None:
         raise ConfigError("data.prompt is for task.kind: causal-lm; leave it out or set task.kind=causal-lm")
     tables = _read(config, kind=kind, seed=seed)
+    if own:
+        tables = {"train": tables["train"]}
     rows = {role: _rows(table, config, kind=kind, role=role) for role, table in tables.items()}
-    names = label_order(rows["train"].labels or ())
+    names = (config.labels if kind == "classification" else None) or label_order(rows["train"].labels or ())
     if kind == "classification" and len(names) < 2:
         raise DataError(f"{tables['train'].source}: every label is '{names[0]}'; classification needs two or more")
     given = {role: _encode(rows[role], names) for role in rows}
-    whole = hold_out(given, share=config.holdout, seed=seed)
+    if own:
+        nothing = given["train"].take([])
+        whole: Mapping[str, Examples] = {**given, "validation": nothing, "test": nothing}
+    else:
+        whole = hold_out(given, share=config.holdout, seed=seed)
     return Splits(
         train=_at_most(whole["train"], config.max_train, salt=f"{seed}:max_train"),
         validation=_at_most(whole["validation"], config.max_eval, salt=f"{seed}:max_validation"),
@@ -179,7 +185,7 @@ def _indices(rows: Rows, labels: Sequence[str], names: tuple[str, ...]) -> tuple
     for label, number in zip(labels, rows.numbers, strict=True):
         if label not in index:
             raise DataError(
-                f"{rows.table.where(number)}: label '{label}' is not among the {len(names)} labels of the train "
-                f"split{nearest(label, names)}; mend the row, or leave the label out with data.drop_labels"
+                f"{rows.table.where(number)}: label '{label}' is not among the {len(names)} labels of data.labels "
+                f"or the train split{nearest(label, names)}; mend the row, or leave the label out with data.drop_labels"
             )
     return tuple(index[label] for label in labels)

@@ -25,12 +25,12 @@ def pool(states: Tensor, batch: Batch, how: Pooling) -> Tensor:
     if how == "first":
         pooled = states[:, 0]
     elif how == "last":
-        pooled = states[torch.arange(len(batch)), batch.last.to(states.device)]
+        pooled = states[torch.arange(len(batch), device=states.device), batch.last.to(states.device)]
     elif batch.mask is None:
-        pooled = states.mean(1)
+        pooled = states.float().mean(1)
     else:
-        mask = batch.mask.to(states.dtype)
-        pooled = torch.einsum("nt,ntd->nd", mask, states) / mask.sum(1, keepdim=True)
+        mask = batch.mask.to(states.device, torch.float32)
+        pooled = torch.einsum("nt,ntd->nd", mask, states.float()) / mask.sum(1, keepdim=True)
     return unit(pooled.float())
 
 
@@ -102,7 +102,7 @@ class Head:
             return F.linear(features, self.weight.to(features.device), self.bias.to(features.device))
         if sink is None:
             return _linear(features, weight, bias)
-        anchor = torch.zeros((), requires_grad=True)
+        anchor = torch.zeros((), device=features.device, requires_grad=True)
         answer: Tensor = RowLinear.apply(features, weight, bias, sink, anchor)  # type: ignore[no-untyped-call]
         return answer
 

@@ -18,19 +18,21 @@ from lora.errors import ModelError
 from lora.gradients import GradientSink
 from lora.model import AdaptedModel
 from tasks.config import ModelConfig, TaskConfig
+from tasks.device import Room, free_bytes
 from tasks.examples import Examples
 from tasks.heads import Head, Pooling, pool, random_weight, unit
+from tasks.memory import Memory, memory_of
 from tasks.metrics import Scores, macro_f1
 from tasks.models import BaseModel, load_base
-from tasks.parallel import spread
+from tasks.parallel import even_budget, spread, workers
 from tasks.tokens import IGNORED, Batch, Tokens, buckets, collate, tokenize_causal, tokenize_classification
 
 Blocks = Mapping[tuple[Part, str], Tensor]
 
 OVERHEAD_FLOP = 2.5e8
 """What starting a batch costs on a CPU, in floating-point operations it could have done meanwhile (measured)."""
-BATCH_TOKENS = 2048
-"""Most tokens in one pass: bounds memory whatever the number of rows or clients, and activations stay in cache."""
+GPU_OVERHEAD_FLOP = 1e12
+"""The same on a GPU: some thousand kernels of 10 us each, at 1e14 operations a second (estimated, not measured)."""
 
 
 @dataclass(frozen=True)
@@ -134,8 +136,22 @@ class Learner:
         self.base, self.adapted, self.task, self.labels = base, adapted, task, tuple(labels)
         factors = (*adapted.entries("A"), *adapted.entries("B")) if trains_frame else adapted.entries("B")
         self.layout = Layout((*factors, *task.entries()))
-        self.overhead = OVERHEAD_FLOP / base.parameters
+        self.device = next(base.model.parameters()).device
+        on_cpu = self.device.type == "cpu"
+        self.overhead = (OVERHEAD_FLOP if on_cpu else GPU_OVERHEAD_FLOP) / base.parameters
+        free = free_bytes(self.device)
+        self.room = Room() if free is None else Room.within(free, token=self.memory.token, row=self.memory.row)
         self.pad = int(base.tokenizer.pad_token_id)
+
+    @property
+    def memory(self) -> Memory:
+        """What the model and its passes take, by arithmetic."""
+        return memory_of(self.adapted, self.layout, causal=self.base.causal, recomputed=self.adapted.recomputes)
+
+    @property
+    def workers(self) -> int:
+        """How many passes run side by side: as many as cores are given, one on a GPU."""
+        return workers() if self.device.type == "cpu" else 1
 
     @property
     def signature(self) -> str:
@@ -154,19 +170,25 @@ class Learner:
         return flat
 
     def answers(self, values: Tensor, batch: Batch, *, sink: GradientSink | None = None) -> Answers:
-        """Answer a batch with one vector `[size]`, or with one for each group of rows, `[groups, size]`."""
-        blocks = self.layout.views(values)
+        """Answer a batch with one vector `[size]`, or with one for each group of rows, `[groups, size]`.
+
+        Both move to the base's device, where the answers stay.
+        """
+        batch, blocks = batch.to(self.device), self.layout.views(values.to(self.device))
         with self.adapted.bound(blocks, sink=sink) as model:
             return self.task.answer(model, batch, blocks, sink)
 
     def batches(self, rows: Sequence[tuple[Tokens, int]], *, group: int = 1) -> list[tuple[NDArray[np.int64], Batch]]:
         """Divide groups of `group` neighbouring rows into batches of like length; returns group indices, ascending.
 
-        A batch holds the rows of its groups one group after the other.
+        A batch holds the rows of its groups one group after the other, and at most `room.tokens`; fewer where that
+        gives every core as much to do.
         """
         lengths = np.fromiter((len(tokens.ids[row]) for tokens, row in rows), dtype=np.int64, count=len(rows))
-        longest = lengths.reshape(-1, group).max(1)
-        found = buckets(longest, overhead=self.overhead / group, budget=max(BATCH_TOKENS // group, 1))
+        longest = lengths.reshape(-1, group).max(1) + self.room.row
+        total, least = int(longest.sum()) * group, int(self.overhead)
+        budget = even_budget(total, most=self.room.tokens, least=least, count=self.workers)
+        found = buckets(longest, overhead=self.overhead / group, budget=max(budget // group, 1))
         return [(places, self._collate(rows, places, group)) for places in map(np.sort, found)]
 
     def _collate(self, rows: Sequence[tuple[Tokens, int]], places: NDArray[np.int64], group: int) -> Batch:
@@ -180,16 +202,18 @@ class Learner:
         loss = np.zeros(len(tokens))
         right, asked, guess = (np.zeros(len(tokens), dtype=np.int64) for _ in range(3))
         batches = self.batches([(tokens, row) for row in range(len(tokens))])
+        values = values.to(self.device)
 
         @torch.no_grad()
         def answer(share: list[int]) -> None:
             for rows, batch in (batches[index] for index in share):
                 answers = self.answers(values, batch)
-                loss[rows], right[rows], asked[rows] = (x.numpy() for x in (answers.loss, answers.right, answers.asked))
+                found = (answers.loss, answers.right, answers.asked)
+                loss[rows], right[rows], asked[rows] = (each.cpu().numpy() for each in found)
                 if answers.guess is not None:
-                    guess[rows] = answers.guess.numpy()
+                    guess[rows] = answers.guess.cpu().numpy()
 
-        spread(answer, [float(batch.input_ids.numel()) for _, batch in batches])
+        spread(answer, [float(batch.input_ids.numel()) for _, batch in batches], count=self.workers)
         f1 = None if tokens.labels is None else macro_f1(tokens.labels, guess)
         return Scores(float(loss.mean()), float(right.sum() / max(asked.sum(), 1)), len(tokens), f1)
 
@@ -206,6 +230,8 @@ def build_learner(
         pooling = _pooling(task, base)
         made = Classification(base, _head(task, base, labels, pooling, seed=adapter.frame_seed), pooling, max_length)
     adapted = AdaptedModel.attach(base.model, adapter)
+    if model.gradient_checkpointing:
+        adapted.recompute_blocks()
     return Learner(base, adapted, made, trains_frame=trains_frame, labels=labels)
 
 
@@ -233,9 +259,10 @@ def _label_embeddings(base: BaseModel, labels: Sequence[str], pooling: Pooling) 
     texts = tuple(label.replace("_", " ").replace("-", " ") for label in labels)
     tokens = tokenize_classification(Examples(texts, tuple(range(len(texts)))), base.tokenizer, max_length=32)
     batch = collate([(tokens, row) for row in range(len(tokens))], pad=int(base.tokenizer.pad_token_id))
+    batch = batch.to(base.placement.device)
     base.model.eval()
     states = base.model(input_ids=batch.input_ids, attention_mask=batch.mask).last_hidden_state
-    vectors = pool(states, batch, pooling)
+    vectors = pool(states, batch, pooling).cpu()
     if len(labels) > 1:
         vectors = vectors - vectors.mean(0)
     return unit(vectors)

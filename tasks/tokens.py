@@ -57,8 +57,20 @@ class Batch:
     def last(self) -> Tensor:
         """Index of every row's last real token, `[rows]`."""
         if self.mask is None:
-            return torch.full((len(self),), self.input_ids.shape[1] - 1)
+            return torch.full((len(self),), self.input_ids.shape[1] - 1, device=self.input_ids.device)
         return self.mask.sum(1) - 1
+
+    def to(self, device: torch.device) -> "Batch":
+        """Return the batch on a device, where it arrives while the CPU goes on; itself where it is there already."""
+        if self.input_ids.device == device:
+            return self
+        mask = None if self.mask is None else _sent(self.mask, device)
+        return Batch(_sent(self.input_ids, device), mask, _sent(self.labels, device))
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    # Only pinned memory is copied to a GPU while the CPU goes on.
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def tokenize_classification(examples: Examples, tokenizer: Any, *, max_length: int) -> Tokens:

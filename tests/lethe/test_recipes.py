@@ -15,7 +15,8 @@ from lethe.config import recipes
 
 SHARED = Path(__file__).parents[2].parent / "shared"
 SMALL = ["federation.rounds=2", "training.steps=2", "training.batch=8", "data.max_train=120", "data.max_eval=24"]
-TINY = {"clinc150": "tiny-bert", "sst2": "tiny-bert", "shakespeare": "tiny-llama"}
+TINY = {"clinc150": "tiny-bert", "sst2": "tiny-bert", "shakespeare": "tiny-llama", "llama7b": "tiny-llama"}
+PRIVATE = ("sst2", "llama7b")
 WORDS = ["play", "pay", "book", "find", "tell", "move", "open", "close", "bring", "lend", "call", "send"]
 
 
@@ -41,7 +42,15 @@ def shakespeare_like(place: Path) -> None:
     (place / "tinyshakespeare.txt.gz").write_bytes(gzip.compress("\n\n".join(speeches).encode()))
 
 
-LIKE = {"clinc150": clinc_like, "sst2": sst_like, "shakespeare": shakespeare_like}
+def gsm_like(place: Path) -> None:
+    source = random.Random(0)
+    rows = [{"question": " ".join(source.sample(WORDS, 5)) + "?", "answer": f"#### {n}"} for n in range(200)]
+    for split, share in (("train", rows), ("test", rows[::4])):
+        text = "\n".join(map(json.dumps, share))
+        (place / f"{split}.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+
+
+LIKE = {"clinc150": clinc_like, "sst2": sst_like, "shakespeare": shakespeare_like, "llama7b": gsm_like}
 
 
 def run(recipe: str, *overrides: str) -> dict:
@@ -86,15 +95,17 @@ def test_a_recipe_runs_on_a_local_copy(recipe: str, elsewhere: Path) -> None:
     LIKE[recipe](folder)
     extra = ["federation.clients=3"] if recipe != "shakespeare" else ["federation.clients=5"]
     summary = run(recipe, f"data.path={folder}", f"model.name={TINY[recipe]}", *extra)
-    checked(summary, private=recipe == "sst2")
+    checked(summary, private=recipe in PRIVATE)
 
 
 @pytest.mark.data
 @pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="the real data are not beside the checkout")
 @pytest.mark.parametrize("recipe", sorted(LIKE))
 def test_a_recipe_runs_on_the_real_data(recipe: str) -> None:
-    folder = {"clinc150": "clinc150", "sst2": "glue_sst2", "shakespeare": "shakespeare"}[recipe]
-    extra = ["data.max_train=600"]
+    folders = {"clinc150": "clinc150", "sst2": "glue_sst2", "shakespeare": "shakespeare", "llama7b": "gsm8k"}
+    folder, extra = folders[recipe], ["data.max_train=600"]
+    if recipe == "llama7b":
+        extra += ["model.name=tiny-llama", "task.max_length=64"]
     if recipe == "shakespeare":
         extra = [f"model.path={SHARED / 'weights' / 'tinyllama-stories260k'}", "data.max_train=null"]
-    checked(run(recipe, f"data.path={SHARED / 'data' / folder}", *extra), private=recipe == "sst2")
+    checked(run(recipe, f"data.path={SHARED / 'data' / folder}", *extra), private=recipe in PRIVATE)

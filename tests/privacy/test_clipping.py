@@ -101,6 +101,19 @@ def test_slots_receive_the_sums_of_their_own_rows(blocks: list[Tensor], slots: l
         torch.testing.assert_close(total[slot], alone, rtol=1e-5, atol=1e-6)
 
 
+def test_slots_on_a_gpu_receive_the_same_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There one index_add_ takes the place of a product for every run of rows."""
+    source = torch.Generator().manual_seed(1)
+    blocks = [torch.randn(6, *shape, generator=source) for shape in SHAPES]
+    slots, factors = torch.tensor([1, 1, 0, 2, 2, 2]), torch.rand(6, generator=source)
+    one_by_one, at_once = torch.zeros(2, 3, sum(math.prod(shape) for shape in SHAPES))
+    add_clipped(one_by_one, blocks, factors=factors, slots=slots)
+    monkeypatch.setattr("privacy.clipping._run_by_run", lambda device, runs: False)
+    add_clipped(at_once, blocks, factors=factors, slots=slots)
+    torch.testing.assert_close(one_by_one, at_once)
+    assert one_by_one.abs().min() > 0
+
+
 def test_strided_blocks_are_added_like_their_copies() -> None:
     block = torch.randn(6, 4, 9).transpose(1, 2)
     factors = clip_factors([block], bound=1.0)

@@ -131,6 +131,37 @@ def test_an_unseen_label_names_its_line_and_the_nearest(tmp_path: Path) -> None:
         classify(tmp_path)
 
 
+def test_agreed_labels_come_in_the_agreed_order(tmp_path: Path) -> None:
+    path = csv_file(tmp_path, "all.csv", many(20))
+    found = set(classify(path).label_names)
+    agreed = ("never-seen", *sorted(found, reverse=True))
+    splits = classify(path, labels=agreed)
+    assert splits.label_names == agreed
+    plain = classify(path)
+    assert splits.train.labels is not None and plain.train.labels is not None
+    assert [agreed[k] for k in splits.train.labels] == [plain.label_names[k] for k in plain.train.labels]
+
+
+def test_a_label_that_was_not_agreed_is_named(tmp_path: Path) -> None:
+    path = csv_file(tmp_path, "all.csv", [("one", "tea"), ("two", "milk"), ("three", "tee")])
+    with pytest.raises(DataError, match=r"label 'tee' is not among the 2 labels.*did you mean 'tea'"):
+        classify(path, labels=("tea", "milk"))
+
+
+@pytest.mark.parametrize("labels", [("one",), ("a", "b", "a")])
+def test_agreed_labels_are_two_or_more_and_distinct(labels: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match="two or more labels"):
+        DataConfig(labels=labels)
+
+
+def test_a_client_s_own_rows_all_train(tmp_path: Path) -> None:
+    path = csv_file(tmp_path, "all.csv", many(20))
+    splits = load_splits(DataConfig(path=path), kind="classification", seed=0, own=True)
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (20, 0, 0)
+    csv_file(tmp_path, "test.csv", many(3))
+    assert len(load_splits(DataConfig(path=path), kind="classification", seed=0, own=True).test) == 0
+
+
 def test_label_names_do_not_depend_on_sampling(tmp_path: Path) -> None:
     path = csv_file(tmp_path, "x.csv", [(f"t{i}", f"label {i}") for i in range(40)])
     splits = classify(path, max_train=1)
