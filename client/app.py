@@ -1,6 +1,7 @@
 """The Flower ClientApp: greet, train, evaluate. The data stay; B, counts and epsilon leave."""
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
@@ -10,37 +11,47 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from client.job import ClientJob, Place, open_ledger, work_for
+from client.node import NodeSettings
 from client.training import Trained, Work, train
 from lora.errors import FrameMismatch
 from privacy.ledger import Charge, Receipt
 from strategies.federated.job import read_job
 from strategies.federated.wire import METRICS, REPORT, WEIGHT, Declined, Order, Update, refusal
+from strategies.observe import watch
 
 log = logging.getLogger("lethe.client")
 
 Handler = Callable[[Message, Context], Message]
 
 
-def build(run_config: dict[str, Any] | None = None, *, ledger: Path | None = None) -> ClientApp:
-    """Make the ClientApp; a simulation may give it the run config and the ledger that Flower would else hand it."""
+def build(
+    run_config: dict[str, Any] | None = None, *, ledger: Path | None = None, settings: NodeSettings | None = None
+) -> ClientApp:
+    """Make the ClientApp; a simulation may give it the run config and the ledger that Flower would else hand it.
+
+    With `settings` it acts for a node that decides for itself, and whose data, model and ledger are its own.
+    """
     app = ClientApp()
 
-    def job_of(context: Context) -> ClientJob:
-        return read_job(ClientJob, dict(context.run_config) if run_config is None else run_config)
-
     def place_of(context: Context) -> Place:
+        if settings is not None:
+            return Place.at(settings, context)
         place = Place.of(context)
         return place if ledger is None else Place(place.index, ledger, simulated=True)
+
+    def stand(context: Context) -> tuple[ClientJob, Place]:
+        place = place_of(context)
+        return place.job(read_job(ClientJob, dict(context.run_config) if run_config is None else run_config)), place
 
     @app.query("greet")
     @sanitised
     def greet(message: Message, context: Context) -> Message:
-        return Message(greeting(job_of(context), place_of(context)), reply_to=message)
+        return Message(greeting(*stand(context)), reply_to=message)
 
     @app.train()
     @sanitised
     def fit(message: Message, context: Context) -> Message:
-        job, place = job_of(context), place_of(context)
+        job, place = stand(context)
         order = Order.read(message)
         update = fit_one(job, place, order)
         return Message(update.content(), reply_to=message)
@@ -48,7 +59,7 @@ def build(run_config: dict[str, Any] | None = None, *, ledger: Path | None = Non
     @app.evaluate()
     @sanitised
     def evaluate(message: Message, context: Context) -> Message:
-        job, place = job_of(context), place_of(context)
+        job, place = stand(context)
         return Message(evaluation(job, place, Order.read(message)), reply_to=message)
 
     return app
@@ -59,11 +70,14 @@ def sanitised(handler: Handler) -> Handler:
 
     @wraps(handler)
     def guarded(message: Message, context: Context) -> Message:
+        began = time.perf_counter()
         try:
-            return handler(message, context)
+            reply = handler(message, context)
         except Exception as error:
             log.exception("a message could not be handled")
-            return refusal(error, message)
+            reply = refusal(error, message)
+        watch.answered(message, reply, seconds=time.perf_counter() - began)
+        return reply
 
     return guarded
 
@@ -71,16 +85,17 @@ def sanitised(handler: Handler) -> Handler:
 def greeting(job: ClientJob, place: Place) -> RecordDict:
     """Say who this is, how many examples it holds (a public number, see the privacy assumptions) and its frame."""
     learner = job.world.learner
-    size = len(job.world.shares[place.index]) if 0 <= place.index < len(job.world.shares) else 0
     frame = learner.adapted.frame.digest
-    report: dict[str, Any] = {"client": place.name, "frame": frame, "layout": learner.signature}
-    return RecordDict({METRICS: MetricRecord({WEIGHT: size}), REPORT: ConfigRecord(report)})
+    report: dict[str, Any] = {"client": place.name, "node": place.node, "frame": frame, "layout": learner.signature}
+    return RecordDict(
+        {METRICS: MetricRecord({WEIGHT: len(job.world.share(place.index))}), REPORT: ConfigRecord(report)}
+    )
 
 
 def fit_one(job: ClientJob, place: Place, order: Order) -> Update:
     """Train one client: check the frame, charge the ledger, train, and return what may leave."""
     check(job, order)
-    work = work_for(job, place.index, number=order.round)
+    work = work_for(job, place.index, number=order.round, name=place.name)
     receipt = charge(job, [work], place, order)
     for error in receipt.refused.values():
         raise error
@@ -94,7 +109,7 @@ def check(job: ClientJob, order: Order) -> None:
     if order.layout != learner.signature:
         raise FrameMismatch(
             "the server trains another layout or another order of labels; use the same model, adapter, task, "
-            "federation.strategy and train labels on every client"
+            "federation.strategy and train labels on every client (nodes with data of their own: data.labels)"
         )
 
 
@@ -102,7 +117,10 @@ def charge(job: ClientJob, works: Sequence[Work], place: Place, order: Order) ->
     """Charge the round's steps before any noise is drawn; says who was charged and who was refused."""
     if not job.privacy.private:
         return Receipt()
-    return open_ledger(place.ledger).charge_many([_charge_of(job, work, place, order) for work in works])
+    charges = [_charge_of(job, work, place, order) for work in works]
+    receipt = open_ledger(place.ledger).charge_many(charges)
+    watch.charged(place.ledger, charges, receipt)
+    return receipt
 
 
 def _charge_of(job: ClientJob, work: Work, place: Place, order: Order) -> Charge:
@@ -111,7 +129,7 @@ def _charge_of(job: ClientJob, work: Work, place: Place, order: Order) -> Charge
     return Charge(
         client=work.client,
         event=work.private.event(job.training.steps),
-        purpose=f"round {order.round}",
+        purpose=f"{place.run}: round {order.round}" if place.run else f"round {order.round}",
         budget=job.privacy.epsilon,
         delta=job.privacy.delta,
         simulated=place.simulated,
@@ -155,7 +173,7 @@ def evaluation(job: ClientJob, place: Place, order: Order) -> RecordDict:
     check(job, order)
     if job.privacy.private:
         raise Declined("a private client does not report its accuracy; leave federation.evaluate_clients off")
-    work = work_for(job, place.index, number=order.round)
+    work = work_for(job, place.index, number=order.round, name=place.name)
     scores = job.world.learner.score(order.vector, work.tokens)
     metrics: dict[str, Any] = {WEIGHT: scores.examples, "accuracy": scores.accuracy, "loss": scores.loss}
     return RecordDict({METRICS: MetricRecord(metrics), REPORT: ConfigRecord({"client": place.name})})

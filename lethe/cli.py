@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lethe.deploy import app as deploy_app
 from lora.errors import LetheError
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ config_app = typer.Typer(no_args_is_help=True, suggest_commands=False, help="Sho
 privacy_app = typer.Typer(no_args_is_help=True, suggest_commands=False, help="Show what privacy was spent.")
 app.add_typer(config_app, name="config")
 app.add_typer(privacy_app, name="privacy")
+app.add_typer(deploy_app, name="deploy")
 
 Recipe = Annotated[str, typer.Argument(help="A run file, or the name of a shipped recipe (`lethe recipes`).")]
 Overrides = Annotated[
@@ -156,6 +158,19 @@ def config_schema() -> None:
     from lethe.config import schema
 
     typer.echo(json.dumps(schema(), indent=2))
+
+
+@config_app.command("memory")
+def config_memory(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Print what training a run's model takes in memory and on the wire, from its shapes: no weights are read."""
+    from lethe.config import load_run_file
+    from lethe.memory import memory_lines
+
+    run = load_run_file(recipe, overrides or [])
+    table = _table("what", "bytes", "of")
+    for what, size, of in memory_lines(run):
+        table.add_row(what, size, of)
+    _print(table)
 
 
 @privacy_app.command("show")

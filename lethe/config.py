@@ -29,6 +29,9 @@ _WITHOUT_EFFECT = frozenset(
     {
         "name",
         "federation.timeout",
+        "federation.greeting_timeout",
+        "model.device",
+        "model.gradient_checkpointing",
         "server.checkpoint_every",
         "server.keep",
         "simulation.engine",

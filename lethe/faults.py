@@ -44,6 +44,7 @@ _ELSEWHERE = {
 _REASONS = {
     "name": "letters, digits, dots, dashes and underscores, at most 100, the first a letter or digit",
     "federation.clients": "a federation needs at least 2 clients",
+    "model.device": "auto, cpu, cuda, cuda:N or mps",
 }
 _PLAIN = {int: "a whole number", float: "a number", str: "text", bool: "true or false", types.NoneType: "null"}
 _PLURAL = {int: "whole numbers", float: "numbers", str: "texts"}

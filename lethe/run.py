@@ -13,13 +13,14 @@ from client.config import TrainingConfig
 from client.job import private_plan
 from lethe.config import RunFile, load_run_file, resolved, to_yaml
 from lethe.progress import Progress
+from lethe.record import read_record
 from lethe.report import write_report
 from lora.errors import CheckpointError, RunError
 from privacy.plan import assumptions
 from simulation.engine import LEDGER, Stage, play
 from strategies.federated.job import World
 
-CONFIG, SUMMARY, REPORT = "config.yaml", "summary.json", "report.html"
+CONFIG, METRICS, SUMMARY, REPORT = "config.yaml", "metrics.jsonl", "summary.json", "report.html"
 _ROOF = ("name", "simulation")
 
 
@@ -41,6 +42,11 @@ def resume(directory: Path, *, progress: Progress | None = None) -> Path:
     file = directory / CONFIG
     if not file.is_file():
         raise RunError(f"{directory} is not a run: no {CONFIG} there")
+    if (directory / METRICS).is_file() and read_record(directory).start.get("engine") == "deployment":
+        raise RunError(
+            f"{directory} was played by real nodes, and a simulation cannot go on with it; submit it again under the "
+            f"same name: lethe deploy submit {file} name={directory.name}"
+        )
     run = load_run_file(file)
     if (directory / SUMMARY).is_file():
         summary = json.loads((directory / SUMMARY).read_text())
@@ -163,7 +169,7 @@ def _decisions(run: RunFile, world: World) -> list[str]:
     training: TrainingConfig = run.training
     learner = world.learner
     lines = [
-        f"engine {run.simulation.engine}, {torch.get_num_threads()} torch threads, {run.model.dtype} base on the CPU",
+        f"engine {run.simulation.engine}, {torch.get_num_threads()} torch threads, {learner.base.placement}",
         f"model {learner.base.reference}: {len(learner.adapted.sites)} adapted matrices, frame "
         f"{learner.adapted.frame.digest[:12]}, {learner.layout.size:,} numbers in an adapter",
         f"{len(sizes)} clients with {sizes[0]} to {sizes[-1]} examples ({run.data.partition}); "

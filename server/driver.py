@@ -13,6 +13,7 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from lora.errors import FederationError, LetheError
+from privacy.plan import assumptions
 from server.checkpoint import Checkpoint, Checkpoints, check_config
 from server.export import export
 from server.job import ServerJob
@@ -95,7 +96,8 @@ class RoundDriver:
         self.checkpoints = Checkpoints(directory / "checkpoints", keep=job.server.keep)
         # What a result does not depend on may change between a run and its resume.
         self.config: dict[str, object] = job.model_dump(
-            mode="json", exclude={"server": True, "federation": {"timeout"}}
+            mode="json",
+            exclude={"server": True, "federation": {"timeout"}, "model": {"device", "gradient_checkpointing"}},
         )
         self.tally = Tally()
         self.unable: set[str] = set()
@@ -104,14 +106,47 @@ class RoundDriver:
     def run(self) -> dict[str, Any]:
         """Run all rounds that are left and return the summary."""
         began = time.perf_counter()
-        self.roster.await_clients(
-            self.grid, wanted=self.job.federation.min_clients, timeout=self.job.federation.timeout
-        )
+        self._announce()
+        self._await_clients(settle=True)
         progress = self._resume()
         initial = self._begin(progress)
         while progress.round < self.job.federation.rounds and not progress.spent:
             self._round(progress)
         return self._finish(progress, initial, began)
+
+    def _await_clients(self, *, settle: bool) -> None:
+        federation = self.job.federation
+        wanted = federation.min_clients
+        self.roster.await_clients(
+            self.grid,
+            wanted=wanted,
+            timeout=federation.greeting_timeout,
+            settle=settle,
+            tell=lambda online: self.records.tell("waiting", online=online, wanted=wanted),
+        )
+
+    def _announce(self) -> None:
+        """Tell the watchers what is about to run."""
+        federation = self.job.federation
+        self.records.tell(
+            "begun",
+            rounds=federation.rounds,
+            min_clients=federation.min_clients,
+            privacy=self._privacy() if self.job.privacy.private else None,
+        )
+
+    def _privacy(self) -> dict[str, Any]:
+        """Say what an epsilon of this run rests on."""
+        stated = assumptions(self.job.privacy)
+        return {
+            "epsilon_budget": self.job.privacy.epsilon,
+            "delta": self.job.privacy.delta,
+            "unit": stated["unit"],
+            "adjacency": stated["adjacency"],
+            "sampling": self.job.privacy.sampling,
+            "assumptions": [f"{key}: {text}" for key, text in stated.items()],
+            "simulated": False,
+        }
 
     def _resume(self) -> Progress:
         """Return where to start: the latest checkpoint, or round zero."""
@@ -133,7 +168,7 @@ class RoundDriver:
             first = self.learner.score(progress.vector, self.world.validation)
             self.records.write(
                 "start",
-                **self.about,
+                **(self._present() | self.about),
                 accuracy=first.accuracy,
                 loss=first.loss,
                 test_accuracy=initial.accuracy,
@@ -141,10 +176,20 @@ class RoundDriver:
             )
         return initial
 
+    def _present(self) -> dict[str, Any]:
+        """Say who is there and what privacy is asked for, as far as a server can know."""
+        members = sorted(self.roster.members.values(), key=lambda member: natural(member.client))
+        return {
+            "clients": [{"client": m.client, "examples": m.examples, "node": m.label} for m in members],
+            "privacy": self._privacy() if self.job.privacy.private else None,
+        }
+
     def _round(self, progress: Progress) -> None:
         number, clock = progress.round + 1, Clock()
-        self.roster.refresh(self.grid, timeout=self.job.federation.timeout)
+        self._await_clients(settle=False)
         self.strategy.roster = self.roster.names
+        self.strategy.sizes = {client: member.examples for client, member in self.roster.members.items()}
+        self.records.tell("roster", round=number, online=len(self.roster.names))
         before = progress.vector
         with clock.timed("train"):
             selected, replies = self._train(number, before)
@@ -182,6 +227,7 @@ class RoundDriver:
         heard = {*outcome.accepted, *(refused.client for refused in outcome.refused)}
         waited = f"no reply within federation.timeout={self.job.federation.timeout:g} s"
         outcome.refused += [Refused(client, "missing", waited) for client in selected if client not in heard]
+        outcome.refused = [self._labelled(refused) for refused in outcome.refused]
         outcome.refused.sort(key=lambda refused: natural(refused.client))
         for refused in outcome.refused:
             self.tally.refused.append({"round": number, **vars(refused)})
@@ -191,6 +237,13 @@ class RoundDriver:
         self.tally.aggregation_error = max(self.tally.aggregation_error, outcome.aggregation_error)
         self.unable |= {refused.client for refused in outcome.refused if refused.reason in ("budget", "declined")}
         return before if arrays is None else read_vector_of(arrays)
+
+    def _labelled(self, refused: Refused) -> Refused:
+        """Add the operator's own name of the node, where it is not the client's."""
+        member = self.roster.members.get(refused.client)
+        if member is None or member.label == refused.client:
+            return refused
+        return Refused(refused.client, refused.reason, f"node '{member.label}': {refused.detail}")
 
     def _enough(self, number: int, selected: list[str]) -> bool:
         """Whether the round has the replies it needs; False where spent budgets are what it lacks.

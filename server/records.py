@@ -1,6 +1,7 @@
 """What a run leaves behind: metrics as JSON lines, and a summary."""
 
 import json
+import logging
 import math
 import os
 import time
@@ -10,12 +11,17 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lora.errors import RunError
+from strategies.observe.logs import LOG_VARIABLE
+
+log = logging.getLogger("lethe.server")
 
 METRICS, SUMMARY = "metrics.jsonl", "summary.json"
 
 
 class Records:
-    """The records of one run directory; `listen` is called with each record as it is written.
+    """The records of one run directory; listeners are called with each record as it is written.
+
+    Watchers hear besides what is only told: where a run stands now, which no line of it needs to keep.
 
     **Guarantee**: after a kill or a full disk at any instant, every line that a later write leaves before its own is
     whole; numbers that are not finite are written as null, because JSON has no others.
@@ -24,6 +30,7 @@ class Records:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.listeners: list[Callable[[dict[str, Any]], None]] = []
+        self.watchers: list[Callable[[dict[str, Any]], None]] = []
 
     def write(self, kind: str, **fields: Any) -> dict[str, Any]:
         """Append one line to metrics.jsonl. Raises RunError when the disk is full or the directory is gone."""
@@ -31,9 +38,14 @@ class Records:
         path = self.directory / METRICS
         with _reported(path):
             _append(path, _json(record).encode() + b"\n")
-        for listener in self.listeners:
+        for listener in (*self.listeners, *self.watchers):
             listener(record)
         return record
+
+    def tell(self, kind: str, **fields: Any) -> None:
+        """Tell the watchers something that is not worth a line."""
+        for watcher in self.watchers:
+            watcher({"kind": kind, "time": round(time.time(), 3), **fields})
 
     def rounds(self) -> set[int]:
         """Return the numbers of the rounds that have a line."""
@@ -54,6 +66,37 @@ class Records:
             finally:
                 aside.unlink(missing_ok=True)
         return final
+
+
+@contextmanager
+def printed(records: Records) -> Iterator[None]:
+    """Print where a run stands while the block plays it, for whoever follows it; structured logs say so themselves."""
+    if os.environ.get(LOG_VARIABLE) == "json":
+        yield
+        return
+    logger, handler = logging.getLogger("lethe.server"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    records.listeners.append(_say)
+    try:
+        yield
+    finally:
+        records.listeners.remove(_say)
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def _say(record: dict[str, Any]) -> None:
+    if record["kind"] == "resumed":
+        log.info("goes on after round %d", record["round"])
+    if record["kind"] != "round":
+        return
+    score = "" if record["accuracy"] is None else f", accuracy {record['accuracy']:.4f}"
+    refused = "".join(f"; {each['client']}: {each['reason']} ({each['detail']})" for each in record["refused"])
+    usable, asked = len(record["accepted"]), len(record["selected"])
+    log.info("round %d: %d of %d clients%s%s", record["round"], usable, asked, score, refused)
 
 
 def _append(path: Path, line: bytes) -> None:

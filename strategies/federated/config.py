@@ -34,6 +34,8 @@ class FederationConfig(Section):
     """Weight of a client in the average; private runs demand uniform."""
     timeout: float = Field(3600.0, gt=0)
     """Seconds to wait for the replies of a round."""
+    greeting_timeout: float = Field(600.0, gt=0)
+    """Seconds to wait for `min_clients` nodes, at the start and before a round: a node loads its model first."""
     evaluate_clients: bool = False
     """Ask clients for their own accuracy after the last round (non-private runs only)."""
 

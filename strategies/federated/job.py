@@ -36,6 +36,8 @@ class Job(BaseModel):
     adapter: AdapterConfig = AdapterConfig()
     privacy: PrivacyConfig = Field(default_factory=PrivacyConfig)
     federation: FederationConfig = FederationConfig()
+    own: bool = False
+    """Whether all training rows are one client's own; a node says so of itself, a run file never does."""
 
     @property
     def plan(self) -> FactorPlan:
@@ -62,11 +64,17 @@ def read_job(kind: type[J], run_config: dict[str, Any]) -> J:
 
     Raises ConfigError for a recipe that is not there and for sections that are wrong.
     """
-    text = str(run_config.get("job", ""))
     try:
-        return kind.model_validate_json(text) if text else kind.model_validate(_recipe(run_config))
-    except (ValidationError, yaml.YAMLError) as error:
-        raise ConfigError(f"the run config's {'job' if text else 'recipe'} cannot be used: {error}") from error
+        return kind.model_validate(sections_of(run_config))
+    except (ValidationError, yaml.YAMLError, ValueError) as error:
+        source = "job" if run_config.get("job") else "recipe"
+        raise ConfigError(f"the run config's {source} cannot be used: {error}") from error
+
+
+def sections_of(run_config: dict[str, Any]) -> Any:
+    """Return the sections of a job as they were given. Raises ValueError and yaml.YAMLError for unreadable text."""
+    text = str(run_config.get("job", ""))
+    return json.loads(text) if text else _recipe(run_config)
 
 
 def _recipe(run_config: dict[str, Any]) -> Any:
@@ -87,7 +95,7 @@ class World:
     @cached_property
     def splits(self) -> Splits:
         """Train, validation and test examples."""
-        return load_splits(self.job.data, kind=self.job.task.kind, seed=self.job.seed)
+        return load_splits(self.job.data, kind=self.job.task.kind, seed=self.job.seed, own=self.job.own)
 
     @cached_property
     def shares(self) -> Sequence[Sequence[int]]:
@@ -120,9 +128,15 @@ class World:
         """Token ids of the test split."""
         return self.learner.task.tokenize(self.splits.test)
 
+    def share(self, index: int) -> Sequence[int]:
+        """Rows of the train split that one client holds; none for a client outside the federation."""
+        if self.job.own:
+            return range(len(self.splits.train))
+        return self.shares[index] if 0 <= index < len(self.shares) else ()
+
     def client(self, index: int) -> Tokens:
         """Token ids of one client's examples."""
-        return self.train.take(list(self.shares[index]))
+        return self.train.take(list(self.share(index)))
 
 
 @lru_cache(maxsize=2)

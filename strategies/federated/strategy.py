@@ -20,6 +20,9 @@ from strategies.federated.selection import natural, select
 from strategies.federated.wire import REASONS, TRAIN, Order, Update, read_vector
 from strategies.flower import Vector, remember, remembered, to_record
 
+GRACE_S = 5.0
+"""Seconds beyond federation.timeout for which an order is valid: clocks differ."""
+
 
 @dataclass(frozen=True)
 class Refused:
@@ -66,6 +69,8 @@ class FederatedLoRA(Strategy):
         self.aggregator = build_aggregator(config)
         self.start_vector = torch.zeros(layout.size)
         self.asked: dict[str, str] = {}
+        self.sizes: dict[str, int] = {}
+        """Examples that each client said it holds when it was greeted; empty: nobody was asked."""
         self.outcome = Outcome()
 
     def round_plan(self, number: int) -> RoundPlan:
@@ -88,7 +93,9 @@ class FederatedLoRA(Strategy):
             layout=self.signature,
         ).content()
         names = select(list(nodes), self.config, seed=self.seed, number=server_round)
-        return [Message(content, dst_node_id=nodes[name], message_type=TRAIN) for name in names]
+        # An order that nobody waits for any more is not delivered: it would spend privacy for nothing.
+        ttl = self.config.timeout + GRACE_S
+        return [Message(content, dst_node_id=nodes[name], message_type=TRAIN, ttl=ttl) for name in names]
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -98,7 +105,8 @@ class FederatedLoRA(Strategy):
         self.outcome = Outcome()
         usable = [pair for reply in replies if (pair := self._checked(reply, plan)) is not None]
         usable.sort(key=lambda pair: natural(pair[1].client))
-        if not usable:
+        if len(usable) < max(1, self.config.min_clients):
+            # A discarded round leaves no trace: an aggregator with moments would otherwise move them.
             return None, None
         start = self.layout.select(self.start_vector, plan.send)
         combined = aggregate(self.aggregator, usable, start=start, number=server_round, uniform=self._uniform)
@@ -167,6 +175,9 @@ class FederatedLoRA(Strategy):
             raise _Unusable("nan", "the vector holds NaN or infinite numbers")
         if update.examples < 1:
             raise _Unusable("error", f"the reply claims {update.examples} examples")
+        greeted = self.sizes.get(client, update.examples)
+        if update.examples != greeted:
+            raise _Unusable("error", f"the reply claims {update.examples} examples, the greeting said {greeted}")
 
     def _note(self, updates: Sequence[Update], result: Tensor, plan: RoundPlan) -> None:
         vectors = []

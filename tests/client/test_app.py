@@ -140,9 +140,9 @@ def test_only_what_was_ordered_is_sent(node: MakeNode, strategy: str, send: tupl
 def test_a_greeting_says_who_how_many_and_which_frame(node: MakeNode) -> None:
     client_node = node(index=2)
     reply = client_node.ask(GREET)
-    assert keys(reply) == {"metrics": {"num-examples"}, "report": {"client", "frame", "layout"}}
+    assert keys(reply) == {"metrics": {"num-examples"}, "report": {"client", "node", "frame", "layout"}}
     assert reply.content["metrics"]["num-examples"] == len(client_node.job.world.shares[2])
-    assert reply.content["report"]["client"] == "2"
+    assert (reply.content["report"]["client"], reply.content["report"]["node"]) == ("2", "2")
     assert reply.content["report"]["frame"] == client_node.job.world.learner.adapted.frame.digest
 
 

@@ -103,3 +103,18 @@ except RunError as error:
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert "make room and resume" in done.stdout
     assert [line["round"] for line in lines(tmp_path)] == [1]
+
+
+def test_watchers_hear_also_what_is_only_told(tmp_path: Path) -> None:
+    heard: list[dict[str, Any]] = []
+    watched: list[dict[str, Any]] = []
+    records = Records(tmp_path)
+    records.listeners.append(heard.append)
+    records.watchers.append(watched.append)
+    records.tell("roster", online=3)
+    records.write("round", round=1)
+    assert [record["kind"] for record in heard] == ["round"]
+    assert [record["kind"] for record in watched] == ["roster", "round"]
+    assert watched[0]["online"] == 3
+    assert watched[0]["time"] > 0
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1

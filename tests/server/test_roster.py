@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
 
+import server.roster
 from lora.errors import FederationError
 from server.roster import Roster, exchange
 from simulation.grid import SequentialGrid
@@ -191,3 +192,97 @@ def test_too_few_clients_are_an_error_with_their_reasons(monkeypatch: pytest.Mon
     monkeypatch.setattr(time, "sleep", lambda _: sleep(0.01))
     with pytest.raises(FederationError, match=r"1 clients are connected.*min_clients=2.*ValueError; see the log"):
         Roster().await_clients(Nodes({11: says("0"), 12: fails}), wanted=2, timeout=0.1)
+
+
+# --- Greetings that take their time ----------------------------------------------------------------------------------
+
+
+class Later(Nodes):
+    """Nodes whose greeting is answered only when a test says so."""
+
+    def __init__(self, answers: dict[int, Answer]) -> None:
+        super().__init__(answers)
+        self.open = False
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return super().pull_messages(message_ids) if self.open else []
+
+
+def test_a_slow_node_is_greeted_once_and_seated_by_a_later_look() -> None:
+    grid, roster = Later({11: says("0")}), Roster()
+    for _ in range(3):
+        roster.refresh(grid, timeout=60, patience=0)
+    assert (grid.sent, roster.names) == ([11], {})
+    grid.open = True
+    roster.refresh(grid, timeout=60, patience=0)
+    assert (grid.sent, roster.names) == ([11], {11: "0"})
+
+
+def test_a_round_does_not_wait_for_a_slow_node_but_the_start_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    grid, roster = Later({11: says("0")}), Roster()
+    grid.open = True
+    roster.refresh(grid, timeout=60)
+    grid.open = False
+    grid.answers[12] = says("1")
+    roster.await_clients(grid, wanted=1, timeout=60, settle=False)
+    assert roster.names == {11: "0"}
+    sleep: Any = time.sleep
+
+    def open_now(_: float) -> None:
+        grid.open = True
+        sleep(0.001)
+
+    monkeypatch.setattr(time, "sleep", open_now)
+    roster.await_clients(grid, wanted=1, timeout=60)
+    assert roster.names == {11: "0", 12: "1"}
+
+
+def test_a_node_that_fails_is_left_alone_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = Nodes({11: fails})
+    roster = greeted(grid)
+    greeted(grid, roster)
+    assert grid.sent == [11]
+    later = time.monotonic() + server.roster.AGAIN_S
+    monkeypatch.setattr(server.roster.time, "monotonic", lambda: later)
+    grid.answers[11] = says("0")
+    roster.refresh(grid, timeout=0, patience=0)
+    assert (grid.sent, roster.names, roster.silent) == ([11, 11], {11: "0"}, {})
+
+
+def test_a_greeting_that_cannot_be_sent_says_so() -> None:
+    class Closed(Nodes):
+        def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+            return ["" for _ in messages]
+
+    roster = greeted(Closed({11: says("0")}))
+    assert roster.silent == {11: "the greeting could not be sent"}
+
+
+def test_an_order_that_cannot_be_sent_has_no_id() -> None:
+    class HalfClosed(Nodes):
+        def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+            _, second = messages
+            return ["", *super().push_messages([second])]
+
+    ids, replies = exchange(HalfClosed({1: says("a"), 2: says("b")}), orders([1, 2]), timeout=1)
+    assert list(ids.values()) == [1]
+    assert [reply.content[REPORT]["client"] for reply in replies] == ["b"]
+
+
+def test_who_waits_is_told_now_and_then(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "lethe.server")
+    monkeypatch.setattr(server.roster, "PROGRESS_S", 0.0)
+    sleep: Any = time.sleep
+    monkeypatch.setattr(time, "sleep", lambda _: sleep(0.01))
+    heard: list[int] = []
+    with pytest.raises(FederationError):
+        Roster().await_clients(Later({11: mute}), wanted=2, timeout=0.1, tell=heard.append)
+    assert set(heard) == {0}
+    assert "0 clients are here, 2 are needed; node 11 has not answered the greeting yet" in caplog.text
+
+
+def test_a_greeting_names_the_operator_s_node() -> None:
+    report = ConfigRecord({"client": "0", "node": "ward-3", "frame": "f"})
+    content = RecordDict({METRICS: MetricRecord({WEIGHT: 3}), REPORT: report})
+    roster = greeted(Nodes({11: lambda message: [Message(content, reply_to=message)], 12: says("1")}))
+    assert [roster.members[name].label for name in ("0", "1")] == ["ward-3", "1"]

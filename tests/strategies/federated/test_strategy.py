@@ -267,3 +267,42 @@ def test_nothing_is_evaluated_or_printed_by_flowers_loop(strategy: FederatedLoRA
     assert strategy.aggregate_evaluate(1, []) is None
     strategy.summary()
     assert capsys.readouterr().out == ""
+
+
+# -- what a deployment adds --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("aggregator", ["fedadam", "fedyogi", "fedavgm"])
+def test_a_discarded_round_leaves_no_trace_in_the_moments(
+    make_strategy: Any, make_update: Any, play: Any, aggregator: str
+) -> None:
+    options = {"server_momentum": 0.9} if aggregator == "fedavgm" else {}
+    kept = make_strategy(aggregator=aggregator, aggregator_options=options, min_clients=3)
+    other = make_strategy(aggregator=aggregator, aggregator_options=options, min_clients=3)
+    start = torch.zeros(kept.layout.size)
+    too_few = updates_for(kept, make_update, number_=1) | {"0": Error(100, "x"), "2": Error(100, "x")}
+    for strategy in (kept, other):
+        assert play(strategy, 1, start, updates_for(strategy, make_update, number_=1)) is not None
+    before = {key: value.copy() for key, value in kept.state().items()}
+    assert play(kept, 2, start, too_few) is None
+    assert len(kept.outcome.accepted) == 2
+    assert before.keys() == kept.state().keys() != set()
+    assert all((before[key] == value).all() for key, value in kept.state().items())
+    third = [play(strategy, 3, start, updates_for(strategy, make_update, number_=3)) for strategy in (kept, other)]
+    assert torch.equal(*third)
+
+
+def test_a_count_other_than_the_greeting_s_is_refused_by_name(
+    strategy: FederatedLoRA, make_update: Any, play: Any
+) -> None:
+    strategy.sizes = {"0": 5, "1": 5, "2": 7, "3": 5}
+    play(strategy, 1, torch.zeros(strategy.layout.size), updates_for(strategy, make_update, examples=5))
+    (refused,) = strategy.outcome.refused
+    assert (refused.client, refused.reason) == ("2", "error")
+    assert refused.detail == "the reply claims 5 examples, the greeting said 7"
+
+
+def test_an_order_is_valid_no_longer_than_anybody_waits_for_it(make_strategy: Any) -> None:
+    strategy = make_strategy(timeout=30.0)
+    record = to_record(torch.zeros(strategy.layout.size).numpy())
+    assert {order.metadata.ttl for order in strategy.configure_train(1, record, ConfigRecord(), None)} == {35.0}

@@ -1,0 +1,1 @@
+"""What an operator sees of a server or a node: Prometheus metrics and structured logs, and never data."""
