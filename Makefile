@@ -21,18 +21,21 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test lint format bench clean
+.PHONY: help install demo test test-deployment lint format bench clean
 
 help: ## List what there is to make
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 install: $(ALL) ## Create .venv with everything that tests, checks and benchmarks need
 
 demo: $(DEMO) ## Fine-tune a real model with four simulated clients, privately (minutes, no GPU, no hub)
 	HF_HUB_OFFLINE=1 $(BIN)/lethe simulate quickstart
 
-test: $(ALL) ## Run all tests (arguments by ARGS="tests/lora -x")
-	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+test: $(ALL) ## Run all tests but those of deployments (arguments by ARGS="tests/lora -x")
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not deployment' $(ARGS)
+
+test-deployment: $(ALL) ## Run the tests that start a federation's processes on loopback (minutes; nginx if it is there)
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m deployment $(ARGS)
 
 lint: $(ALL) ## Check style and types
 	@$(BIN)/ruff check . || { echo "lint: fix it with  make format  (what it leaves needs a hand)"; exit 1; }

@@ -49,7 +49,8 @@ def of_kind(kind: str) -> list[str]:
     return [command for command in commands(README) if command.split()[0] == kind]
 
 
-LOCAL = [command for command in of_kind("lethe") if "$" not in command]
+# Those of a deployment start processes: tests/deployment/test_readme_commands.py runs them.
+LOCAL = [each for each in of_kind("lethe") if "$" not in each and not each.startswith("lethe deploy")]
 WITH_DATA = [command for command in of_kind("lethe") if "$" in command]
 
 
