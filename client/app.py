@@ -73,6 +73,9 @@ def sanitised(handler: Handler) -> Handler:
         began = time.perf_counter()
         try:
             reply = handler(message, context)
+        except Declined as error:
+            log.warning("a message was declined: %s", error)
+            reply = refusal(error, message)
         except Exception as error:
             log.exception("a message could not be handled")
             reply = refusal(error, message)
@@ -163,6 +166,7 @@ def updates(
             examples=len(work.tokens),
             loss=None if job.privacy.private else trained.losses[slot],
             epsilon=epsilons.get(work.client),
+            round=order.round,
         )
         for slot, work in enumerate(works)
     ]

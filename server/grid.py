@@ -1,5 +1,6 @@
 """A Grid that asks the SuperLink for replies no more often than it must, and no less often than pays."""
 
+import logging
 import time
 from collections.abc import Iterable, Sequence
 
@@ -7,7 +8,9 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
-from strategies.flower_runtime import quicken
+from strategies.flower_runtime import passing, quicken
+
+log = logging.getLogger("lethe.server")
 
 POLL_S = 0.2
 """Seconds between looks for replies; Flower's own Grid waits for 3, which a round of small adapters would notice."""
@@ -45,13 +48,22 @@ class PacedGrid(Grid):
         return [identity or "" for identity in self.inner.push_messages(list(messages))]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Return the replies that are there by now."""
+        """Return the replies that are there by now; none while the SuperLink cannot say, which the round's time bounds.
+
+        SQLite under load answers "database is locked" after five seconds, which Flower would let end the whole run.
+        """
         wanted = list(message_ids)
         if not wanted:
             return []
         time.sleep(max(0.0, self._last + self.pause - time.monotonic()))
         self._last = time.monotonic()
-        return self.inner.pull_messages(wanted)
+        try:
+            return list(self.inner.pull_messages(wanted))
+        except Exception as error:
+            if not passing(error):
+                raise
+            log.warning("the SuperLink did not hand out replies (%s); asked again", type(error).__name__)
+            return []
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Sequence[Message]:
         """Send messages and wait for their replies, for `timeout` seconds at most."""

@@ -19,6 +19,7 @@ from flwr.app import Context, Message
 from flwr.common.constant import Status, SubStatus
 from flwr.proto.runtime_pb2 import AcquireTaskRequest, SendTaskHeartbeatRequest
 from flwr.supercore.constant import TaskType
+from flwr.supercore.exit import ExitCode, flwr_exit
 from flwr.supercore.inflatable.inflatable_utils import pull_and_inflate_object_from_tree, pull_objects
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
@@ -182,6 +183,9 @@ def run_supernode(*, pause: float) -> None:
     vars(loop)["_pull_and_store_message"] = received
     vars(loop)["time"] = SimpleNamespace(sleep=lambda seconds: time.sleep(min(seconds, pause)))
     flower_supernode()
+    # Flower's loop ends at an answer such as HTTP 500 and leaves its own server up: a process that lives, and works no
+    # more. Whoever watches it starts another only when it has ended.
+    flwr_exit(ExitCode.SUPERNODE_CONNECTION_ERROR, "The SuperLink could not serve this node, which must start again.")
 
 
 def forget_unfinished(state: NodeState) -> None:
@@ -199,6 +203,13 @@ def check_flower() -> None:
     found = version("flwr")
     if found != FLOWER:
         raise ConfigError(f"flwr=={found} is installed; this release works with flwr=={FLOWER}: pip install that")
+
+
+def passing(error: Exception) -> bool:
+    """Whether a call that failed may succeed when it is repeated: the other side was away, or its database was busy."""
+    if isinstance(error, httpx.HTTPStatusError):
+        return error.response.status_code >= httpx.codes.INTERNAL_SERVER_ERROR
+    return isinstance(error, httpx.TransportError)
 
 
 def _patient() -> RetryInvoker:

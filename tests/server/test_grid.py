@@ -3,6 +3,8 @@
 import time
 from collections.abc import Iterable
 
+import httpx
+import pytest
 from flwr.app import Message, RecordDict
 
 from server.grid import PacedGrid
@@ -34,6 +36,11 @@ class Slow(SequentialGrid):
         return [Message(RecordDict(), reply_to=self.sent[each]) for each in message_ids] if ready else []
 
 
+def http_error(code: int) -> httpx.HTTPStatusError:
+    request = httpx.Request("POST", "https://superlink/v1/runtime/pull-messages")
+    return httpx.HTTPStatusError(str(code), request=request, response=httpx.Response(code, request=request))
+
+
 def orders(*nodes: int) -> list[Message]:
     return [Message(RecordDict(), dst_node_id=node, message_type="train") for node in nodes]
 
@@ -51,6 +58,27 @@ def test_a_message_that_cannot_be_sent_is_not_waited_for() -> None:
     grid = PacedGrid(inner, pause=0.01)
     assert [bool(identity) for identity in grid.push_messages(orders(1, 9))] == [True, False]
     assert len(grid.send_and_receive(orders(9, 2), timeout=10)) == 1
+
+
+@pytest.mark.parametrize("fault", [http_error(500), http_error(503), httpx.ReadTimeout("slow")])
+def test_a_superlink_that_cannot_answer_now_is_asked_again(fault: Exception) -> None:
+    class Locked(Slow):
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            if not self.looks:
+                self.looks.append(0.0)
+                raise fault
+            return super().pull_messages(message_ids)
+
+    assert len(PacedGrid(Locked(after=1), pause=0.01).send_and_receive(orders(1, 2), timeout=10)) == 2
+
+
+def test_a_refusal_is_not_asked_again() -> None:
+    class Barred(Slow):
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            raise http_error(403)
+
+    with pytest.raises(httpx.HTTPStatusError):
+        PacedGrid(Barred(after=1), pause=0.01).send_and_receive(orders(1), timeout=10)
 
 
 def test_waiting_ends_with_the_time() -> None:
