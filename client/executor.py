@@ -63,7 +63,7 @@ class Executor:
             except Unreachable as error:
                 wait = min(2 * wait, LONGEST_BACK_OFF_S)
                 log.warning(
-                    "the SuperNode at %s does not answer (%s); next try in %g s", self.link.address, error, wait
+                    "the SuperNode at %s does not answer (%s); next try in %g s", self.link.address, str(error), wait
                 )
                 time.sleep(wait)
                 continue

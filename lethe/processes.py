@@ -173,9 +173,12 @@ def proxy(places: SuperLinkPlaces) -> Command:
 
 
 def supernode(places: NodePlaces, *, partition: int, partitions: int) -> Command:
-    """Return a SuperNode that dials the SuperLink under its own key and leaves the work to the executor."""
+    """Return a SuperNode that dials the SuperLink under its own key and leaves the work to the executor.
+
+    It is Flower's, with all its options, started by `client.supernode`, which has it look for messages more often.
+    """
     argv = (
-        *("flower-supernode", "--root-certificates", places.ca, "--superlink", places.superlink),
+        *("python", "-m", "client.supernode", "--root-certificates", places.ca, "--superlink", places.superlink),
         *("--auth-supernode-private-key", places.key, "--isolation", "process"),
         *("--host", places.bind, "--port", str(places.port), "--superexec-auth-secret-file", places.secret),
         *("--node-config", f"partition-id={partition} num-partitions={partitions}"),

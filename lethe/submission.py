@@ -23,8 +23,13 @@ from lora.errors import ConfigError, DeploymentError, RunError, nearest
 PATIENCE = 600.0
 """Seconds to wait for a SuperLink that does not answer before a run is given up."""
 _PAUSE = 2.0
-_DIED = ("no heartbeat received", "unknown error")
-"""What Flower says of a run whose server app was killed, in contrast to one that raised an error."""
+_DIED = re.compile(
+    r"no heartbeat received|failed with unknown error|server error '5\d\d [^']*' for url '[^']*/v1/runtime/"
+    r"|server disconnected|connection attempts failed|connection (refused|reset)",
+    re.IGNORECASE,
+)
+"""What Flower says of a run whose server app was killed or lost its SuperLink, not of one that failed by itself.
+SQLite's "database is locked" on a busy host reaches the server app as an error 500 of the SuperLink."""
 
 T = TypeVar("T")
 Say = Callable[[str], None]
@@ -288,7 +293,7 @@ def _unreachable(error: DeploymentError) -> bool:
 
 
 def _died(end: RunStatus) -> bool:
-    return end.status == "finished:failed" and any(words in end.details.lower() for words in _DIED)
+    return end.status == "finished:failed" and _DIED.search(end.details) is not None
 
 
 def _failure(name: str, end: RunStatus, attempt: int) -> DeploymentError:

@@ -264,7 +264,7 @@ def pins() -> dict[str, Requirement]:
 
 def foreign(names: list[str]) -> dict[str, str]:
     """Return the third-party packages that files import, and a file of each."""
-    own = {*FLOORS, *sys.stdlib_module_names, "benchmarks", "conftest"}
+    own = {*FLOORS, *sys.stdlib_module_names, "benchmarks", "tests", "conftest"}
     tops = {module.split(".")[0]: name for name in names for module, _ in imported(code(name))}
     return {top: name for top, name in tops.items() if top and top not in own}
 

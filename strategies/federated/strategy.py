@@ -103,7 +103,7 @@ class FederatedLoRA(Strategy):
         """Check the replies, combine the usable ones, and keep what became of each in `outcome`."""
         plan = self.round_plan(server_round)
         self.outcome = Outcome()
-        usable = [pair for reply in replies if (pair := self._checked(reply, plan)) is not None]
+        usable = [pair for reply in replies if (pair := self._checked(reply, server_round, plan)) is not None]
         usable.sort(key=lambda pair: natural(pair[1].client))
         if len(usable) < max(1, self.config.min_clients):
             # A discarded round leaves no trace: an aggregator with moments would otherwise move them.
@@ -141,7 +141,7 @@ class FederatedLoRA(Strategy):
         """Weights inside a private aggregate are uniform: a weight by examples would break the sensitivity."""
         return self.private or self.config.weights == "uniform"
 
-    def _checked(self, reply: Message, plan: RoundPlan) -> tuple[Message, Update] | None:
+    def _checked(self, reply: Message, number: int, plan: RoundPlan) -> tuple[Message, Update] | None:
         # The id of the answered order tells who answers: a lost node's error comes in another node's name.
         known = self.asked.get(reply.metadata.reply_to_message_id)
         client = known or self.roster.get(reply.metadata.src_node_id, "unknown")
@@ -151,7 +151,7 @@ class FederatedLoRA(Strategy):
                 self.outcome.refused.append(Refused(client, reason, reply.error.reason or ""))
                 return None
             update = Update.read(reply)
-            self._check(update, client, plan)
+            self._check(update, client, number, plan)
         except _Unusable as error:
             self.outcome.refused.append(Refused(client, error.reason, str(error)))
             return None
@@ -161,11 +161,13 @@ class FederatedLoRA(Strategy):
         self.outcome.accepted[client] = update
         return reply, update
 
-    def _check(self, update: Update, client: str, plan: RoundPlan) -> None:
+    def _check(self, update: Update, client: str, number: int, plan: RoundPlan) -> None:
         if client in self.outcome.accepted:
             raise _Unusable("error", "a second reply of the same client")
         if update.client != client:
             raise _Unusable("error", f"the reply speaks for client {update.client}")
+        if update.round != number:
+            raise _Unusable("error", f"the reply is of round {update.round}, this is round {number}")
         if update.frame != self.frame.digest:
             raise _Unusable("digest", f"frame {update.frame[:12]}, expected {self.frame.digest[:12]}")
         expected = self.layout.length(plan.send)

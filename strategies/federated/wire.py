@@ -73,6 +73,8 @@ class Update:
     examples: int
     loss: float | None = None
     epsilon: float | None = None
+    round: int = 0
+    """Which round's order this answers: an update of an earlier one must not count again."""
 
     def content(self) -> RecordDict:
         """Return the message content."""
@@ -81,7 +83,7 @@ class Update:
             metrics["loss"] = self.loss
         if self.epsilon is not None:
             metrics["epsilon"] = self.epsilon
-        report: dict[str, Any] = {"client": self.client, "frame": self.frame}
+        report: dict[str, Any] = {"client": self.client, "frame": self.frame, "round": self.round}
         return RecordDict(
             {
                 ARRAYS: to_record(self.vector.numpy()),
@@ -103,6 +105,7 @@ class Update:
                 examples=int(metrics[WEIGHT]),
                 loss=_optional(metrics, "loss"),
                 epsilon=_optional(metrics, "epsilon"),
+                round=int(report["round"]),
             )
         except Exception as error:  # What a client sends may break NumPy's reader in ways that no list of types covers.
             raise WrongUpdate(f"the reply is not an update: {type(error).__name__} {error}") from error

@@ -103,7 +103,7 @@ def test_an_open_client_sends_b_and_head_its_count_and_its_mean_loss(node: MakeN
     assert keys(reply) == {
         "arrays": {"vector"},
         "metrics": {"num-examples", "loss"},
-        "report": {"client", "frame"},
+        "report": {"client", "frame", "round"},
     }
     assert scalars(reply)
     update = Update.read(reply)
@@ -121,7 +121,7 @@ def test_a_private_client_sends_no_loss_and_nothing_per_example(node: MakeNode) 
     assert keys(reply) == {
         "arrays": {"vector"},
         "metrics": {"num-examples", "epsilon"},
-        "report": {"client", "frame"},
+        "report": {"client", "frame", "round"},
     }
     assert scalars(reply)
     update = Update.read(reply)

@@ -19,7 +19,7 @@ import yaml
 from lethe.cli import main
 from lethe.operator import Operator, healthy
 from lethe.processes import container_proxy_settings
-from lethe.site import Site, open_site
+from lethe.site import LOOPBACK, Site, open_site
 
 ROOT = Path(__file__).parents[2]
 QUIET = {
@@ -51,13 +51,14 @@ class Fleet:
     Processes have the names of the compose file's services. Without nginx, nodes dial the SuperLink itself.
     """
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, *, hosts: Sequence[str] = ()) -> None:
         self.home, self.root = home, home / "federation"
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
         self.link, self.gate, *self.ports = free_ports(2 + len(NODES))
         words = ["init", "--site", str(self.root), "--port", str(self.link)]
         words += ["--proxy", "--proxy-port", str(self.gate)] if NGINX else ["--no-proxy"]
+        words += [word for host in (*LOOPBACK, *hosts) for word in ("--host", host)]
         assert main(["deploy", *words]) == 0
         self.site: Site = open_site(self.root)
         self.operator = Operator(self.site)

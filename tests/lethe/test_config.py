@@ -113,9 +113,11 @@ def test_a_known_key_with_one_letter_missing_is_recognised(key: str, data: st.Da
         return
     at = data.draw(st.integers(1, len(leaf) - 1))
     misspelt = (f"{home}." if home else "") + leaf[:at] + leaf[at + 1 :]
+    if misspelt in KEYS:  # `data.labels` without its last letter is a key of its own.
+        return
     with pytest.raises(ConfigError) as caught:
         from_mapping({home: {misspelt.rpartition(".")[2]: 1}} if home else {misspelt: 1})
-    assert misspelt in KEYS or f"did you mean '{key}'?" in str(caught.value)
+    assert f"did you mean '{key}'?" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,20 @@ def test_a_killed_server_side_is_submitted_again_under_the_same_name(site: Site)
     assert [entry.identity for entry in Journal(site).entries()] == ["100", "101", "102"]
 
 
+@pytest.mark.parametrize(
+    "details",
+    [
+        "Server error '500 Internal Server Error' for url 'https://127.0.0.1:8000/v1/runtime/pull-messages'",
+        "[Errno 111] Connection refused",
+        "Server disconnected without sending a response.",
+    ],
+)
+def test_a_server_app_that_lost_its_superlink_is_submitted_again(site: Site, details: str) -> None:
+    lost = ("finished:failed", f"ServerApp failed with exception: {details}")
+    sent, link, _ = submitted(site, small("name=first"), lost, GOOD)
+    assert sent.send() == "first" and len(link.given) == 2
+
+
 def test_retries_have_an_end(site: Site) -> None:
     sent, link, _ = submitted(site, small("name=first"), *[KILLED] * 3)
     with pytest.raises(DeploymentError, match=r"ended as finished:failed after being submitted 3 times: No heartbeat"):

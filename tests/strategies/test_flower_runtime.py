@@ -125,6 +125,16 @@ def test_parts_of_a_message_are_looked_for_soon() -> None:
     assert inspect.signature(pull_and_inflate_object_from_tree).parameters["max_time"].default == ARRIVAL_S
 
 
+def test_a_supernode_whose_loop_is_over_ends_as_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes: list[int] = []
+    for name in ("_pull_and_store_message", "time"):
+        monkeypatch.setattr(supernode, name, getattr(supernode, name))  # To be put back as it was.
+    monkeypatch.setattr(flower_runtime, "flower_supernode", lambda: None)
+    monkeypatch.setattr(flower_runtime, "flwr_exit", lambda code, message: codes.append(code))
+    flower_runtime.run_supernode(pause=1)
+    assert len(codes) == 1 and codes[0] >= 100  # Flower makes exit code 1 of these.
+
+
 def test_a_supernode_forgets_a_message_that_never_came_whole() -> None:
     assert tuple(inspect.signature(supernode._pull_and_store_message).parameters)[:2] == ("state", "object_store")
     state = NodeStateFactory(objectstore_factory=ObjectStoreFactory()).state()

@@ -1,6 +1,7 @@
 """A strategy over two small sites, and rounds of made-up replies."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from lora.frame import Frame, Site
 from lora.plan import PLANS
 from strategies.federated.config import FederationConfig
 from strategies.federated.strategy import FederatedLoRA, read_vector_of
-from strategies.federated.wire import Update
+from strategies.federated.wire import Order, Update
 from strategies.flower import number, to_record
 
 SITES = (Site("q", 7, 5), Site("v", 4, 6))
@@ -75,7 +76,8 @@ def play() -> Callable[..., Tensor | None]:
 
 def _reply(order: Message, answer: Answer) -> Message:
     if isinstance(answer, Update):
-        return Message(answer.content(), reply_to=order)
+        stamped = answer if answer.round else replace(answer, round=Order.read(order).round)
+        return Message(stamped.content(), reply_to=order)
     return Message(answer, reply_to=order) if isinstance(answer, Error) else answer(order)
 
 

@@ -77,7 +77,10 @@ def test_the_order_of_replies_changes_no_bit(make_strategy: Any, make_update: An
         list(strategy.configure_train(1, to_record(torch.zeros(strategy.layout.size).numpy()), ConfigRecord(), None))
         nodes = {name: node for node, name in strategy.roster.items()}
         orders = [Message(RecordDict(), dst_node_id=nodes[name], message_type="train") for name in names]
-        replies = [Message(updates[n].content(), reply_to=order) for n, order in zip(names, orders, strict=True)]
+        replies = [
+            Message(spoiled(updates[n], round=1).content(), reply_to=order)
+            for n, order in zip(names, orders, strict=True)
+        ]
         found.append(strategy.aggregate_train(1, replies)[0]["vector"].data)
     assert found[0] == found[1] == found[2]
 
@@ -144,6 +147,7 @@ CASES: dict[str, tuple[Any, str, str]] = {
     "too short": (lambda u: spoiled(u, vector=u.vector[1:]), "shape", "expected (22,)"),
     "not flat": (lambda u: spoiled(u, vector=u.vector[None]), "shape", "vector of shape (1, 22)"),
     "another frame": (lambda u: spoiled(u, frame="f" * 64), "digest", "frame ffffffffffff, expected"),
+    "an earlier round's": (lambda u: spoiled(u, round=7), "error", "the reply is of round 7, this is round 1"),
     "another's name": (lambda u: spoiled(u, client="3"), "error", "speaks for client 3"),
     "an unknown client": (lambda u: spoiled(u, client="nobody"), "error", "speaks for client nobody"),
     "no examples": (lambda u: spoiled(u, examples=0), "error", "claims 0 examples"),
@@ -184,7 +188,7 @@ def test_a_round_without_a_usable_reply_changes_nothing(strategy: FederatedLoRA,
 
 
 def test_a_client_counts_once(strategy: FederatedLoRA, make_update: Any) -> None:
-    update = updates_for(strategy, make_update)["1"]
+    update = spoiled(updates_for(strategy, make_update)["1"], round=1)
     record = to_record(torch.zeros(strategy.layout.size).numpy())
     orders = list(strategy.configure_train(1, record, ConfigRecord(), None))  # type: ignore[arg-type]
     replies = [Message(update.content(), reply_to=orders[1]) for _ in range(2)]

@@ -68,17 +68,17 @@ def test_an_update_arrives_as_it_was_sent(
     vector: Any, ids: tuple[str, str], examples: int, loss: float | None, epsilon: float | None
 ) -> None:
     client, frame = ids
-    update = Update(vector, client, frame, examples, loss, epsilon)
+    update = Update(vector, client, frame, examples, loss, epsilon, round=3)
     found = Update.read(sent(update.content()))
     assert found.vector.numpy().tobytes() == vector.numpy().tobytes()
     assert (found.client, found.frame, found.examples) == (client, frame, examples)
-    assert (found.loss, found.epsilon) == (loss, epsilon)
+    assert (found.loss, found.epsilon, found.round) == (loss, epsilon, 3)
 
 
 def test_an_update_holds_nothing_but_what_law_four_lets_out() -> None:
     content = Update(torch.zeros(3), "0", "f", 5, loss=1.0, epsilon=2.0).content()
     found = {name: sorted(record) for name, record in content.items()}
-    assert found == {ARRAYS: [VECTOR], METRICS: ["epsilon", "loss", WEIGHT], REPORT: ["client", "frame"]}
+    assert found == {ARRAYS: [VECTOR], METRICS: ["epsilon", "loss", WEIGHT], REPORT: ["client", "frame", "round"]}
 
 
 def test_vectors_are_copies() -> None:
