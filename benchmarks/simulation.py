@@ -1,6 +1,6 @@
 """The same federation by three engines: a cohort in one batch, ClientApps one by one, and Flower's Ray engine.
 
-    python -m benchmarks.simulation [--passes 3] [--stories DIRECTORY]
+    python -m benchmarks.simulation [--passes 3] [--stories DIRECTORY] [--only TEXT]
 
 Each run is a process of its own, engines interleaved. Wall time is from the call that starts the engine to the result:
 it holds loading model and data and, for Ray, starting its actors with their imports, but not the imports of the main
@@ -9,9 +9,12 @@ proportional set sizes of all processes of the run.
 
 - stories260k (or, without `--stories`, a random Llama of that size), K=32 clients with texts by speaker, 20 steps of
   2 texts of 16 tokens: overhead rules. The same with 8 texts of 32 tokens, where arithmetic does.
-- MiniLM, 32 clients x 3 rounds: 2 local steps of 8 (overhead), and 20 local steps of 32 (arithmetic; minutes a run,
-  so a third of the passes).
+- MiniLM, 32 clients x 3 rounds: 2 local steps of 8 queries of at most 8 tokens (overhead) and of at most 16, and 20
+  local steps of 32 of at most 16 (arithmetic).
+- The two works of larger lots take minutes a run, so they get a third of the passes.
 - MiniLM by cohort, 8 and 128 clients of 2 steps of 8: memory beside what the slots themselves take.
+
+`--only` measures the works whose names hold a text anew, and leaves the others in the results file as they are.
 """
 
 import argparse
@@ -26,7 +29,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.measure import publish, settings
+from benchmarks.measure import RESULTS, publish, settings
 
 Sections = dict[str, Any]
 
@@ -44,11 +47,11 @@ def stories(model: str | None, *, batch: int, length: int) -> Sections:
     }
 
 
-def minilm(*, clients: int, steps: int, batch: int) -> Sections:
+def minilm(*, clients: int, steps: int, batch: int, length: int = 16) -> Sections:
     """MiniLM with adapters in its attention, on the built-in questions."""
     return {
         "model": {"name": "minilm"},
-        "task": {"head": "frozen", "max_length": 16},
+        "task": {"head": "frozen", "max_length": length},
         "data": {"name": "builtin", "max_eval": 32},
         "adapter": {"targets": "attention"},
         "federation": {"clients": clients, "rounds": 3},
@@ -121,26 +124,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--passes", type=int, default=3)
     parser.add_argument("--stories", help="directory of the stories260k model; without it, random weights of its size")
+    parser.add_argument("--only", default="", metavar="TEXT", help="measure only works with this in their names")
     parser.add_argument("--engine", help=argparse.SUPPRESS)
     parser.add_argument("--sections", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.engine:
         play(chosen.engine, json.loads(chosen.sections))
         return
-    _measure_all(chosen.passes, chosen.stories)
+    _measure(chosen.passes, chosen.stories, only=chosen.only)
 
 
-def _measure_all(passes: int, model: str | None) -> None:
+def _measure(passes: int, model: str | None, *, only: str) -> None:
     both, ray = ("cohort", "sequential"), ("cohort", "ray")
     jobs = {
         "stories K=32, 2 x 16 tokens": (stories(model, batch=2, length=16), both, passes),
-        "stories K=32, 8 x 32 tokens": (stories(model, batch=8, length=32), both, passes),
+        "stories K=32, 8 x 32 tokens": (stories(model, batch=8, length=32), both, max(1, passes // 3)),
+        "minilm K=32, 2 steps of 8, 8 tokens": (minilm(clients=32, steps=2, batch=8, length=8), ray, passes),
         "minilm K=32, 2 steps of 8": (minilm(clients=32, steps=2, batch=8), ray, passes),
         "minilm K=32, 20 steps of 32": (minilm(clients=32, steps=20, batch=32), ray, max(1, passes // 3)),
         "minilm K=8": (minilm(clients=8, steps=2, batch=8), ("cohort",), 1),
         "minilm K=128": (minilm(clients=128, steps=2, batch=8), ("cohort",), 1),
     }
-    found = {name: compared(name, sections, engines, passes=n) for name, (sections, engines, n) in jobs.items()}
+    kept = json.loads((RESULTS / "simulation.json").read_text())["settings"]["runs"] if only else {}
+    found = {
+        name: compared(name, sections, engines, passes=n) if only in name else kept[name]
+        for name, (sections, engines, n) in jobs.items()
+    }
     rows = [["work", "engine", "wall s (median, range)", "peak MiB"]]
     for name, engines in found.items():
         for engine, run in engines.items():
@@ -151,13 +160,15 @@ def _measure_all(passes: int, model: str | None) -> None:
 
 
 def _figures(found: dict[str, dict[str, dict[str, float]]]) -> dict[str, float]:
-    small, large = found["minilm K=32, 2 steps of 8"], found["minilm K=32, 20 steps of 32"]
+    small, middling = found["minilm K=32, 2 steps of 8, 8 tokens"], found["minilm K=32, 2 steps of 8"]
+    large = found["minilm K=32, 20 steps of 32"]
     tiny, tiny_large = found["stories K=32, 2 x 16 tokens"], found["stories K=32, 8 x 32 tokens"]
     few, many = found["minilm K=8"]["cohort"], found["minilm K=128"]["cohort"]
     return {
         "sequential_over_cohort_k32": tiny["sequential"]["wall_s"] / tiny["cohort"]["wall_s"],
         "sequential_over_cohort_k32_large_lots": tiny_large["sequential"]["wall_s"] / tiny_large["cohort"]["wall_s"],
         "ray_over_cohort_small_work": small["ray"]["wall_s"] / small["cohort"]["wall_s"],
+        "ray_over_cohort_small_work_16_tokens": middling["ray"]["wall_s"] / middling["cohort"]["wall_s"],
         "ray_over_cohort_large_work": large["ray"]["wall_s"] / large["cohort"]["wall_s"],
         "ray_over_cohort_memory": large["ray"]["bytes"] / large["cohort"]["bytes"],
         "memory_k128_over_k8": many["bytes"] / few["bytes"],

@@ -1,8 +1,10 @@
 """The durable ledger: what every client has spent, written before it is spent and never taken back."""
 
+import os
 import sqlite3
+import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -109,7 +111,7 @@ class Ledger:
     | two processes charge at once | they take turns; both cannot pass the check on the same remainder |
     | disk full, read-only, locked for 60 s | PrivacyError, nothing charged |
     | the file vanished after it was opened | PrivacyError: an empty ledger would forget |
-    | a foreign, damaged or newer file | PrivacyError at opening |
+    | a foreign, damaged, empty or newer file | PrivacyError at opening |
     | one client, two units or adjacencies | PrivacyError: they do not compose |
 
     Every call opens its own connection, so a Ledger may be shared by threads and survives a fork.
@@ -120,8 +122,10 @@ class Ledger:
         self._timeout = timeout
         with self._guarded("open"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self._connection(mode="rwc") as database:
-                _settle(database, self.path)
+            if not self.path.exists():
+                _found(self.path)
+            with self._connection() as database:
+                _check(database, self.path)
 
     def charge(
         self,
@@ -202,10 +206,10 @@ class Ledger:
             epsilon([*spent[charge.client], charge.event], delta=charge.delta)
 
     @contextmanager
-    def _connection(self, mode: str = "rw") -> Iterator[sqlite3.Connection]:
+    def _connection(self) -> Iterator[sqlite3.Connection]:
         """Open the file. The rollback journal keeps all that is committed in this one file, whoever copies it;
         synchronous=EXTRA also syncs the directory, so that a commit outlives a power cut (1 ms, as WAL)."""
-        address = f"{self.path.absolute().as_uri()}?mode={mode}"
+        address = f"{self.path.absolute().as_uri()}?mode=rw"
         opened = sqlite3.connect(address, uri=True, timeout=self._timeout, isolation_level=None)
         with closing(opened) as database:
             database.execute("PRAGMA synchronous = EXTRA")
@@ -222,10 +226,30 @@ class Ledger:
             ) from error
 
 
-def _settle(database: sqlite3.Connection, path: Path) -> None:
-    """Create the schema in an empty file; refuse any other file that is not a ledger of this version."""
+def _found(path: Path) -> None:
+    """Write an empty ledger aside and give it its name, unless another process was first.
+
+    So a ledger is whole from its first instant, and a file without content is one that was damaged.
+    """
+    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        with closing(sqlite3.connect(aside, isolation_level=None)) as database:
+            database.execute("PRAGMA synchronous = EXTRA")
+            database.executescript(_SCHEMA)
+        with suppress(FileExistsError):
+            os.link(aside, path)
+    finally:
+        os.unlink(aside)
+
+
+def _check(database: sqlite3.Connection, path: Path) -> None:
+    """Refuse any file that is not a whole ledger of this version. Raises PrivacyError."""
     if not _pragma(database, "schema_version"):
-        _create(database)
+        raise PrivacyError(
+            f"the privacy ledger {path} is empty, and a ledger never is: it was damaged; restore it, never start an "
+            "empty one"
+        )
     found = _pragma(database, "application_id"), _pragma(database, "user_version")
     if found[0] != _APPLICATION:
         raise PrivacyError(f"{path} is a database, and no privacy ledger; name another file for the ledger")
@@ -236,17 +260,6 @@ def _settle(database: sqlite3.Connection, path: Path) -> None:
         )
     if (verdict := database.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
         raise PrivacyError(f"the privacy ledger {path} is damaged ({verdict}); restore it, never start an empty one")
-
-
-def _create(database: sqlite3.Connection) -> None:
-    try:
-        database.executescript(_SCHEMA)
-    except sqlite3.OperationalError:
-        if database.in_transaction:
-            database.execute("ROLLBACK")
-        # Another process created it between the look and the lock; anything else is an error.
-        if not _pragma(database, "schema_version"):
-            raise
 
 
 def _pragma(database: sqlite3.Connection, name: str) -> int:

@@ -257,9 +257,15 @@ def damaged(path: Path) -> None:
     path.write_bytes(content)
 
 
+def emptied(path: Path) -> None:
+    charge(Ledger(path))
+    os.truncate(path, 0)
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
+        (emptied, "is empty, and a ledger never is"),
         (foreign, "no privacy ledger"),
         (newer, "schema version 99"),
         (text, "not a database"),
@@ -271,6 +277,29 @@ def test_a_file_that_is_no_sound_ledger_is_refused(tmp_path: Path, spoil: Callab
     spoil(path)
     with pytest.raises(PrivacyError, match=said):
         Ledger(path)
+
+
+def test_a_ledger_that_cannot_be_founded_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "link", full)
+    with pytest.raises(PrivacyError, match="No space left"):
+        Ledger(tmp_path / "ledger.db")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_founding_leaves_a_ledger_that_came_first_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, link = tmp_path / "ledger.db", os.link
+
+    def beaten(aside: str, place: Path) -> None:
+        monkeypatch.setattr(os, "link", link)
+        charge(Ledger(path))
+        link(aside, place)
+
+    monkeypatch.setattr(os, "link", beaten)
+    assert len(Ledger(path).rows()) == 1
+    assert [each.name for each in tmp_path.iterdir()] == ["ledger.db"]
 
 
 def test_a_directory_is_no_ledger(tmp_path: Path) -> None:
