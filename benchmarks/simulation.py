@@ -12,7 +12,8 @@ proportional set sizes of all processes of the run.
 - MiniLM, 32 clients x 3 rounds: 2 local steps of 8 queries of at most 8 tokens (overhead) and of at most 16, and 20
   local steps of 32 of at most 16 (arithmetic).
 - The two works of larger lots take minutes a run, so they get a third of the passes.
-- MiniLM by cohort, 8 and 128 clients of 2 steps of 8: memory beside what the slots themselves take.
+- MiniLM by cohort, 8 and 128 clients, 3 steps of 32 (so that batches are full in both): memory beside what the slots
+  themselves take.
 
 `--only` measures the works whose names hold a text anew, and leaves the others in the results file as they are.
 """
@@ -47,16 +48,16 @@ def stories(model: str | None, *, batch: int, length: int) -> Sections:
     }
 
 
-def minilm(*, clients: int, steps: int, batch: int, length: int = 16) -> Sections:
+def minilm(*, clients: int, steps: int, batch: int, length: int = 16, rounds: int = 3) -> Sections:
     """MiniLM with adapters in its attention, on the built-in questions."""
     return {
         "model": {"name": "minilm"},
         "task": {"head": "frozen", "max_length": length},
         "data": {"name": "builtin", "max_eval": 32},
         "adapter": {"targets": "attention"},
-        "federation": {"clients": clients, "rounds": 3},
+        "federation": {"clients": clients, "rounds": rounds},
         "training": {"steps": steps, "batch": batch, "rate": 0.1},
-        "server": {"evaluate_every": 3, "checkpoint_every": 3},
+        "server": {"evaluate_every": rounds, "checkpoint_every": rounds},
     }
 
 
@@ -142,8 +143,8 @@ def _measure(passes: int, model: str | None, *, only: str) -> None:
         "minilm K=32, 2 steps of 8, 8 tokens": (minilm(clients=32, steps=2, batch=8, length=8), ray, passes),
         "minilm K=32, 2 steps of 8": (minilm(clients=32, steps=2, batch=8), ray, passes),
         "minilm K=32, 20 steps of 32": (minilm(clients=32, steps=20, batch=32), ray, max(1, passes // 3)),
-        "minilm K=8": (minilm(clients=8, steps=2, batch=8), ("cohort",), 1),
-        "minilm K=128": (minilm(clients=128, steps=2, batch=8), ("cohort",), 1),
+        "minilm K=8": (minilm(clients=8, steps=3, batch=32, rounds=1), ("cohort",), 1),
+        "minilm K=128": (minilm(clients=128, steps=3, batch=32, rounds=1), ("cohort",), 1),
     }
     kept = json.loads((RESULTS / "simulation.json").read_text())["settings"]["runs"] if only else {}
     found = {

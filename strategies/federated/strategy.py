@@ -182,17 +182,23 @@ class FederatedLoRA(Strategy):
             raise _Unusable("error", f"the reply claims {update.examples} examples, the greeting said {greeted}")
 
     def _note(self, updates: Sequence[Update], result: Tensor, plan: RoundPlan) -> None:
-        vectors = []
+        start = self.layout.select(self.start_vector, plan.send)
         for update in updates:
-            whole = self.start_vector.clone()
-            self.layout.insert(whole, plan.send, update.vector)
-            vectors.append(whole)
-            self.outcome.update_norm[update.client] = float((whole - self.start_vector).norm())
+            self.outcome.update_norm[update.client] = float((update.vector - start).norm())
+        vectors = [self._whole(update.vector, plan) for update in updates]
         weights = [1.0 if self._uniform else float(update.examples) for update in updates]
         mean = result if self.config.aggregator == "fedavg" else _mean(vectors, weights)
         self.outcome.aggregation_error = aggregation_error(
             vectors, mean, weights=weights, layout=self.layout, frame=self.frame
         )
+
+    def _whole(self, sent: Tensor, plan: RoundPlan) -> Tensor:
+        """Return a client's vector `[layout.size]`: what it sent itself, where that is everything."""
+        if sent.numel() == self.layout.size:
+            return sent
+        whole = self.start_vector.clone()
+        self.layout.insert(whole, plan.send, sent)
+        return whole
 
 
 class _Unusable(LetheError):
