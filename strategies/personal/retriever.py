@@ -57,6 +57,5 @@ class SemanticRetriever:
         return self.similar(log, queries, self.long)
 
     def _near(self, items: Ints, target: int) -> NDArray[np.float32]:
-        if self._table is not None:
-            return self._table[target, items]
-        return self.unit[items] @ self.unit[target]
+        near = self.unit[items] @ self.unit[target] if self._table is None else self._table[target, items]
+        return np.asarray(near, dtype=np.float32)

@@ -64,7 +64,8 @@ def ranks(scores: Floats) -> Floats:
     """Return the 1-based rank of column 0 in every row of `scores [queries, candidates]`; ties count half."""
     target = scores[:, :1]
     others = scores[:, 1:]
-    return 1 + (others > target).sum(axis=1) + 0.5 * (others == target).sum(axis=1)
+    above, level = (others > target).sum(axis=1), (others == target).sum(axis=1)
+    return np.asarray(1 + above + 0.5 * level, dtype=np.float64)
 
 
 def ranking(found: Floats, *, top: int = 10) -> Ranking:

@@ -114,4 +114,4 @@ def _affinity(log: Interactions, queries: Queries, tags: Floats, level: Floats) 
         first, end = queries.first[asked], queries.end[asked]
         shares[asked] += (likes[end] - likes[first] + PRIOR * level[asked]) / (events[end] - events[first] + PRIOR)
     with np.errstate(invalid="ignore"):
-        return shares / wanted.sum(axis=1)
+        return np.asarray(shares / wanted.sum(axis=1), dtype=np.float64)

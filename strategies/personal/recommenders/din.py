@@ -10,13 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from strategies.personal.recommenders.levels import cumulated
+from strategies.personal.recommenders.levels import LEVEL_FEATURES, level_features
 from strategies.personal.recommenders.protocol import unfitted
-from strategies.personal.recommenders.training import batches, chunked, kept_best
+from strategies.personal.recommenders.training import batches, chunked, kept_best, step
 from tasks.recommendation.interactions import LEVELS, Floats, Interactions, Ints, Queries
 from tasks.recommendation.metrics import log_loss
 from tasks.recommendation.splits import Split
@@ -26,7 +25,6 @@ Chosen = Callable[[Interactions, Queries], Ints]
 
 SCORED = 4096
 """Queries scored together."""
-_RECENT = 20
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ class DinNetwork(nn.Module):
         self.of_product = nn.Linear(width, settings.attention, bias=False)
         self.weight = nn.Linear(settings.attention, 1)
         self.body = nn.Sequential(
-            nn.Linear(3 * width + 3, hidden[0]), nn.ReLU(), nn.Dropout(settings.dropout),
+            nn.Linear(3 * width + LEVEL_FEATURES, hidden[0]), nn.ReLU(), nn.Dropout(settings.dropout),
             nn.Linear(hidden[0], hidden[1]), nn.ReLU(), nn.Dropout(settings.dropout),
         )  # fmt: skip
         self.out = nn.Linear(hidden[1], 1)
@@ -118,9 +116,7 @@ class Din:
                 target = torch.from_numpy(queries.items[batch])
                 inputs = self._inputs(log, queries.take(batch), rows[batch])
                 logits = network.logit(network(*inputs), target)
-                optimizer.zero_grad()
-                functional.binary_cross_entropy_with_logits(logits, labels[batch]).backward()
-                optimizer.step()
+                step(optimizer, functional.binary_cross_entropy_with_logits(logits, labels[batch]))
 
         def check() -> float:
             return log_loss(log.likes[split.validation], self.logits(log, held))
@@ -168,13 +164,5 @@ class Din:
             torch.from_numpy(log.items[rows]),
             torch.from_numpy(log.levels[rows]),
             torch.from_numpy(seen.astype(np.float32)),
-            torch.from_numpy(self._level(log, queries)),
+            torch.from_numpy(level_features(log, queries, mean=self._mean)),
         )
-
-    def _level(self, log: Interactions, queries: Queries) -> NDArray[np.float32]:
-        """Return running and recent share of likes above the mean, and how much is known, `[queries, 3]`."""
-        sums = cumulated(log.likes - self._mean)
-        recent = np.maximum(queries.first, queries.end - _RECENT)
-        shares = [(sums[queries.end] - sums[first]) / (queries.end - first + 5) for first in (queries.first, recent)]
-        known = np.log1p(queries.end - queries.first) / 5
-        return np.stack([2 * shares[0], 2 * shares[1], known], axis=1).astype(np.float32)

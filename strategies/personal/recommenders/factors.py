@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from strategies.personal.recommenders.protocol import unfitted
-from strategies.personal.recommenders.training import kept_best
+from strategies.personal.recommenders.training import batches, kept_best, step
 from tasks.recommendation.interactions import Floats, Interactions, Queries
 from tasks.recommendation.metrics import log_loss
 from tasks.recommendation.splits import Split
@@ -70,19 +70,16 @@ class FoldedFactors:
         torch.manual_seed(seed)
         tables = _Tables(len(log.user_names), len(log.catalogue), self.settings.factors)
         optimizer = torch.optim.Adam(tables.parameters(), lr=self.settings.rate)
-        rows = torch.from_numpy(split.train)
         columns = [torch.from_numpy(x) for x in (log.users, log.items, log.likes.astype(np.float32))]
         middle = self.settings.lengths[len(self.settings.lengths) // 2]
 
         def epoch() -> None:
             for _ in range(2):
-                for batch in rows[torch.randperm(len(rows))].split(self.settings.batch):
+                for batch in batches(split.train, self.settings.batch):
                     users, items, likes = (column[batch] for column in columns)
                     logits, size = tables(users, items)
                     loss = functional.binary_cross_entropy_with_logits(logits, likes)
-                    optimizer.zero_grad()
-                    (loss + self.settings.decay * size.mean()).backward()
-                    optimizer.step()
+                    step(optimizer, loss + self.settings.decay * size.mean())
 
         def check() -> float:
             self._keep(tables, middle, self.settings.ridges[0])

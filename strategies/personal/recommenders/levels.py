@@ -1,6 +1,7 @@
 """What can be said of a user and an item by counting: how often they like, and are liked."""
 
 import numpy as np
+from numpy.typing import NDArray
 
 from strategies.personal.recommenders.protocol import unfitted
 from tasks.recommendation.interactions import Floats, Interactions, Ints, Queries
@@ -9,6 +10,10 @@ from tasks.recommendation.splits import Split
 
 PRIOR = 5.0
 """Events' worth of the average that a short history is mixed with."""
+
+RECENT = 20
+"""Events that a user's recent level is taken from; levels drift along the history."""
+LEVEL_FEATURES = 3
 
 
 def cumulated(values: Floats) -> Floats:
@@ -21,6 +26,15 @@ def rates(log: Interactions, queries: Queries, *, mean: float, last: int | None 
     sums = cumulated(log.likes.astype(np.float64))
     first = queries.first if last is None else np.maximum(queries.first, queries.end - last)
     return (sums[queries.end] - sums[first] + PRIOR * mean) / (queries.end - first + PRIOR)
+
+
+def level_features(log: Interactions, queries: Queries, *, mean: float) -> NDArray[np.float32]:
+    """Return running and recent share of likes above the mean, and how much is known, `[queries, LEVEL_FEATURES]`."""
+    sums = cumulated(log.likes.astype(np.float64) - mean)
+    recent = np.maximum(queries.first, queries.end - RECENT)
+    shares = [(sums[queries.end] - sums[first]) / (queries.end - first + PRIOR) for first in (queries.first, recent)]
+    known = np.log1p(queries.end - queries.first) / 5
+    return np.stack([2 * shares[0], 2 * shares[1], known], axis=1).astype(np.float32)
 
 
 def log_odds(share: Floats) -> Floats:

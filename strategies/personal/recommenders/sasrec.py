@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from strategies.personal.recommenders.levels import LEVEL_FEATURES, level_features
 from strategies.personal.recommenders.protocol import unfitted
-from strategies.personal.recommenders.training import chunked, kept_best
+from strategies.personal.recommenders.training import batches, chunked, kept_best, step
 from tasks.recommendation.interactions import LEVELS, Floats, Interactions, Ints, Queries
 from tasks.recommendation.metrics import log_loss
 from tasks.recommendation.splits import Split
@@ -34,15 +35,15 @@ class SasrecSettings:
     """Events of a block; a state has seen between half a block and a whole one of the latest events."""
     layers: int = 2
     heads: int = 2
-    dropout: float = 0.2
-    rate: float = 2e-3
-    decay: float = 1e-2
-    batch: int = 32
+    dropout: float = 0.3
+    rate: float = 1e-3
+    decay: float = 0.1
+    batch: int = 16
     """Blocks of a batch."""
     negatives: int = 512
     """Items that the next one is told from, drawn anew for every batch (`objective: next`)."""
     epochs: int = 30
-    patience: int = 3
+    patience: int = 2
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,11 @@ class SasrecNetwork(nn.Module):
             layer, settings.layers, norm=nn.LayerNorm(width), enable_nested_tensor=False
         )
         self.dropout = nn.Dropout(settings.dropout)
-        self.user_bias = nn.Linear(width, 1)
+        self.user_bias = nn.Linear(width + LEVEL_FEATURES, 1)
         self.item_bias = nn.Embedding(items, 1)
-        self.joint = nn.Sequential(nn.Linear(3 * width, width), nn.ReLU(), nn.Dropout(settings.dropout))
+        self.joint = nn.Sequential(
+            nn.Linear(3 * width + LEVEL_FEATURES, width), nn.ReLU(), nn.Dropout(settings.dropout)
+        )
         self.out = nn.Linear(width, 1)
         for table in (self.items, self.stars, self.places):
             nn.init.normal_(table.weight, std=0.05)
@@ -106,21 +109,26 @@ class SasrecNetwork(nn.Module):
         states: Tensor = self.encoder(events, mask=ahead)
         return states
 
-    def pair(self, state: Tensor, item: Tensor) -> Tensor:
-        """Return the last hidden layer for states `[queries, width]` and items `[queries]`."""
-        wanted = self.items(item)
-        hidden: Tensor = self.joint(torch.cat([state, wanted, state * wanted], dim=1))
+    def pair(self, user: Tensor, item: Tensor) -> Tensor:
+        """Return the last hidden layer for users `[queries, width + LEVEL_FEATURES]` and items `[queries]`."""
+        state, wanted = user[:, :-LEVEL_FEATURES], self.items(item)
+        hidden: Tensor = self.joint(torch.cat([user, wanted, state * wanted], dim=1))
         return hidden
 
-    def like(self, state: Tensor, item: Tensor) -> Tensor:
+    def like(self, user: Tensor, item: Tensor) -> Tensor:
         """Return the log odds of a like, `[queries]`."""
-        odds: Tensor = self.out(self.pair(state, item)) + self.user_bias(state) + self.item_bias(item)
+        odds: Tensor = self.out(self.pair(user, item)) + self.user_bias(user) + self.item_bias(item)
         return odds[:, 0]
 
-    def next(self, state: Tensor, items: Tensor) -> Tensor:
+    def next(self, user: Tensor, items: Tensor) -> Tensor:
         """Return scores of `items [n]` as the next one, `[queries, n]`."""
-        scores: Tensor = state @ self.items(items).T + self.item_bias(items)[:, 0]
+        scores: Tensor = user[:, :-LEVEL_FEATURES] @ self.items(items).T + self.item_bias(items)[:, 0]
         return scores
+
+    def follows(self, user: Tensor, item: Tensor) -> Tensor:
+        """Return the score of each query's own item as the next one, `[queries]`."""
+        score: Tensor = (user[:, :-LEVEL_FEATURES] * self.items(item)).sum(1) + self.item_bias(item)[:, 0]
+        return score
 
 
 class Sasrec:
@@ -130,6 +138,7 @@ class Sasrec:
         self.settings = settings or SasrecSettings()
         self.name = "SASRec" if self.settings.objective == "like" else "SASRec, next item"
         self._network: SasrecNetwork | None = None
+        self._mean = 0.5
 
     def fit(self, log: Interactions, split: Split, *, seed: int) -> None:
         """Learn on training rows, stop on validation."""
@@ -142,10 +151,10 @@ class Sasrec:
         order = np.argsort(blocks.block, kind="stable")
         edges = np.searchsorted(blocks.block[order], np.arange(len(blocks.rows) + 1))
         likes = torch.from_numpy(log.likes[split.train].astype(np.float32))
+        self._mean = float(likes.mean())
 
         def epoch() -> None:
-            for chosen in torch.randperm(len(blocks.rows)).split(settings.batch):
-                numbers = chosen.numpy()
+            for numbers in batches(np.arange(len(blocks.rows)), settings.batch):
                 asked = np.concatenate([order[edges[b] : edges[b + 1]] for b in numbers])
                 within = np.repeat(np.arange(len(numbers)), [edges[b + 1] - edges[b] for b in numbers])
                 states = network.states(*self._events(log, blocks.rows[numbers]))
@@ -153,31 +162,32 @@ class Sasrec:
                 known = states[torch.from_numpy(within), torch.from_numpy(blocks.place[asked])]
                 state = torch.cat([known, network.empty.expand(len(cold), -1)])
                 asked = np.concatenate([asked, cold])
-                loss = self._loss(network, state, torch.from_numpy(queries.items[asked]), likes[asked])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+                user = torch.cat([state, self._levels(log, queries.take(asked))], dim=1)
+                loss = self._loss(network, user, torch.from_numpy(queries.items[asked]), likes[asked])
+                step(optimizer, loss)
 
         kept_best(network, epoch, lambda: self._held(log, split), epochs=settings.epochs, patience=settings.patience)
 
-    def _loss(self, network: SasrecNetwork, state: Tensor, items: Tensor, likes: Tensor) -> Tensor:
+    def _loss(self, network: SasrecNetwork, user: Tensor, items: Tensor, likes: Tensor) -> Tensor:
         if self.settings.objective == "like":
-            return functional.binary_cross_entropy_with_logits(network.like(state, items), likes)
+            loss: Tensor = functional.binary_cross_entropy_with_logits(network.like(user, items), likes)
+            return loss
         drawn = torch.randint(network.items.num_embeddings, (self.settings.negatives,))
-        right = (state * network.items(items)).sum(1) + network.item_bias(items)[:, 0]
-        wrong = network.next(state, drawn).masked_fill(drawn[None] == items[:, None], -torch.inf)
-        return (torch.logsumexp(torch.cat([right[:, None], wrong], dim=1), dim=1) - right).mean()
+        right = network.follows(user, items)
+        wrong = network.next(user, drawn).masked_fill(drawn[None] == items[:, None], -torch.inf)
+        both = torch.cat([right[:, None], wrong], dim=1)
+        return (torch.logsumexp(both, dim=1) - right).mean()
 
     def _held(self, log: Interactions, split: Split) -> float:
         queries = log.queries(split.validation)
         if self.settings.objective == "like":
             return log_loss(log.likes[split.validation], self.logits(log, queries))
-        states = self._states(log, queries)
+        users = self._users(log, queries)
         every = torch.arange(len(log.catalogue))
         items = torch.from_numpy(queries.items)
         parts = [
             functional.cross_entropy(
-                self._learned().next(states[i : i + 512], every), items[i : i + 512], reduction="sum"
+                self._learned().next(users[i : i + 512], every), items[i : i + 512], reduction="sum"
             )
             for i in range(0, len(queries), 512)
         ]
@@ -185,25 +195,26 @@ class Sasrec:
 
     def logits(self, log: Interactions, queries: Queries) -> Floats:
         """Return log odds of a like, or scores as the next item."""
-        network, states = self._learned(), self._states(log, queries)
+        network, users = self._learned(), self._users(log, queries)
         items = torch.from_numpy(queries.items)
-        if self.settings.objective == "like":
-            return chunked(lambda part: network.like(states[part], items[part]), len(queries), size=8192)
-        return chunked(
-            lambda part: (states[part] * network.items(items[part])).sum(1) + network.item_bias(items[part])[:, 0],
-            len(queries),
-            size=8192,
-        )
+        score = network.like if self.settings.objective == "like" else network.follows
+        return chunked(lambda part: score(users[part], items[part]), len(queries), size=8192)
 
     def user_vectors(self, log: Interactions, queries: Queries) -> Floats:
-        """Return the state after the history, `[queries, width]`."""
-        return self._states(log, queries).double().numpy()
+        """Return the state after the history beside the user's levels, `[queries, width + LEVEL_FEATURES]`."""
+        return self._users(log, queries).double().numpy()
 
     def pair_vectors(self, log: Interactions, queries: Queries) -> Floats:
         """Return the last hidden layer, which has seen the target, `[queries, width]`."""
-        network, states = self._learned(), self._states(log, queries)
+        network, users = self._learned(), self._users(log, queries)
         items = torch.from_numpy(queries.items)
-        return chunked(lambda part: network.pair(states[part], items[part]), len(queries), size=8192)
+        return chunked(lambda part: network.pair(users[part], items[part]), len(queries), size=8192)
+
+    def _users(self, log: Interactions, queries: Queries) -> Tensor:
+        return torch.cat([self._states(log, queries), self._levels(log, queries)], dim=1)
+
+    def _levels(self, log: Interactions, queries: Queries) -> Tensor:
+        return torch.from_numpy(level_features(log, queries, mean=self._mean))
 
     def _states(self, log: Interactions, queries: Queries) -> Tensor:
         """Return the state of every query, `[queries, width]`."""
@@ -233,4 +244,5 @@ class Sasrec:
 def _drawn(queries: Ints, *, share: float) -> Ints:
     """Draw a batch's part of the queries without a history, from torch's generator."""
     count = round(share * len(queries) + 0.5) if len(queries) else 0
-    return queries[torch.randint(max(1, len(queries)), (count,)).numpy()]
+    drawn: Ints = torch.randint(max(1, len(queries)), (count,)).numpy()
+    return queries[drawn]

@@ -37,8 +37,16 @@ def kept_best(
 
 def batches(rows: Ints, size: int) -> Iterator[Ints]:
     """Yield shuffled batches of rows, drawn from torch's generator."""
-    for part in torch.from_numpy(rows)[torch.randperm(len(rows))].split(size):
-        yield part.numpy()
+    shuffled = rows[torch.randperm(len(rows)).numpy()]
+    for begin in range(0, len(rows), size):
+        yield shuffled[begin : begin + size]
+
+
+def step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """Take one optimizer step down the loss."""
+    optimizer.zero_grad()
+    torch.autograd.backward([loss])
+    optimizer.step()
 
 
 def chunked(work: Callable[[slice], Tensor], count: int, *, size: int) -> Floats:
