@@ -18,6 +18,7 @@ def embedded(texts: Sequence[str], base: BaseModel, *, max_length: int = 64, bat
     examples = Examples(tuple(texts), labels=(0,) * len(texts))
     tokens = tokenize_classification(examples, base.tokenizer, max_length=max_length)
     order = np.argsort(tokens.lengths, kind="stable")
+    base.model.eval()  # A model that was made, not loaded, still drops out.
     found = np.empty((len(texts), base.width), dtype=np.float32)
     with torch.no_grad():
         for begin in range(0, len(order), batch):

@@ -1,5 +1,6 @@
 """Gradient boosting on features counted by hand: the strongest single reference that knows no text."""
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,11 +96,12 @@ def features(log: Interactions, queries: Queries, *, mean: float) -> Floats:
 
 
 def _tags(log: Interactions) -> Floats:
-    names = [tag for tags in log.catalogue.tags for tag in tags]
-    frequent = sorted(set(names), key=lambda tag: (-names.count(tag), tag))[:MOST_TAGS]
+    counts = Counter(tag for tags in log.catalogue.tags for tag in tags)
+    frequent = sorted(counts, key=lambda tag: (-counts[tag], tag))[:MOST_TAGS]
+    column = {tag: place for place, tag in enumerate(frequent)}
     table = np.zeros((len(log.catalogue), len(frequent)))
     for item, tags in enumerate(log.catalogue.tags):
-        table[item, [frequent.index(tag) for tag in tags if tag in frequent]] = 1.0
+        table[item, [column[tag] for tag in tags if tag in column]] = 1.0
     return table
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from strategies.personal.recommenders.levels import LEVEL_FEATURES, level_features
 from strategies.personal.recommenders.protocol import unfitted
-from strategies.personal.recommenders.training import batches, chunked, kept_best, step
+from strategies.personal.recommenders.training import batches, chunked, kept_best, seeded, step
 from tasks.recommendation.interactions import LEVELS, Floats, Interactions, Ints, Queries
 from tasks.recommendation.metrics import log_loss
 from tasks.recommendation.splits import Split
@@ -102,7 +102,10 @@ class Din:
 
     def fit(self, log: Interactions, split: Split, *, seed: int) -> None:
         """Learn on training rows, stop on validation."""
-        torch.manual_seed(seed)
+        with seeded(seed):
+            self._learn(log, split)
+
+    def _learn(self, log: Interactions, split: Split) -> None:
         settings = self.settings
         network = DinNetwork(settings, items=len(log.catalogue))
         self._network, self._mean = network, float(log.likes[split.train].mean())

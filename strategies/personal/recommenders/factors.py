@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from strategies.personal.recommenders.protocol import unfitted
-from strategies.personal.recommenders.training import batches, kept_best, step
+from strategies.personal.recommenders.training import batches, kept_best, seeded, step
 from tasks.recommendation.interactions import Floats, Interactions, Queries
 from tasks.recommendation.metrics import log_loss
 from tasks.recommendation.splits import Split
@@ -67,7 +67,10 @@ class FoldedFactors:
 
     def fit(self, log: Interactions, split: Split, *, seed: int) -> None:
         """Learn item factors on training rows; validation stops, and chooses history length and ridge."""
-        torch.manual_seed(seed)
+        with seeded(seed):
+            self._learn(log, split)
+
+    def _learn(self, log: Interactions, split: Split) -> None:
         tables = _Tables(len(log.user_names), len(log.catalogue), self.settings.factors)
         optimizer = torch.optim.Adam(tables.parameters(), lr=self.settings.rate)
         columns = [torch.from_numpy(x) for x in (log.users, log.items, log.likes.astype(np.float32))]

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from strategies.personal.recommenders.levels import LEVEL_FEATURES, level_features
 from strategies.personal.recommenders.protocol import unfitted
-from strategies.personal.recommenders.training import batches, chunked, kept_best, step
+from strategies.personal.recommenders.training import batches, chunked, kept_best, seeded, step
 from tasks.recommendation.interactions import LEVELS, Floats, Interactions, Ints, Queries
 from tasks.recommendation.metrics import log_loss
 from tasks.recommendation.splits import Split
@@ -142,7 +142,10 @@ class Sasrec:
 
     def fit(self, log: Interactions, split: Split, *, seed: int) -> None:
         """Learn on training rows, stop on validation."""
-        torch.manual_seed(seed)
+        with seeded(seed):
+            self._learn(log, split)
+
+    def _learn(self, log: Interactions, split: Split) -> None:
         settings = self.settings
         self._network = network = SasrecNetwork(settings, items=len(log.catalogue))
         optimizer = torch.optim.AdamW(network.parameters(), lr=settings.rate, weight_decay=settings.decay)
@@ -232,7 +235,7 @@ class Sasrec:
         return found
 
     def _events(self, log: Interactions, rows: Ints) -> tuple[Tensor, Tensor]:
-        # Places after the end of a block are filled with its last row; nothing before them attends to them.
+        # Places after the end of a block are filled with the last row of all; nothing before attends to them.
         return torch.from_numpy(log.items[rows]), torch.from_numpy(log.levels[rows])
 
     def _learned(self) -> SasrecNetwork:

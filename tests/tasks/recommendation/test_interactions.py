@@ -142,6 +142,14 @@ def test_shares_are_those_that_were_asked_for() -> None:
     )
 
 
+def test_events_of_users_without_a_name_are_refused() -> None:
+    log = builtin_interactions(users=3, items=20, events=10, seed=0)
+    one = np.array([3])
+    with pytest.raises(ValueError, match="user indices run from 0 to 2, not to 3"):
+        log.grown(one, one, 4.0 * one, one)
+    assert len(log.grown(one, one, 4.0 * one, one, names=("new",))) == len(log) + 1
+
+
 def test_unknown_users_and_items_are_named() -> None:
     log = builtin_interactions(seed=0)
     with pytest.raises(DataError, match="unknown user 'usr-003'; did you mean 'user-003'"):
