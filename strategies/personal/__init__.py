@@ -1,0 +1,1 @@
+"""Personalisation: recommenders that know users by what they did, and adapters mixed for each of them."""
