@@ -41,6 +41,7 @@ def build(
         config = dict(context.run_config) if run_config is None else run_config
         job = read_job(ServerJob, config)
         place = directory or run_directory(config, context.run_id)
+        place.mkdir(parents=True, exist_ok=True)
         with ExitStack() as stack:
             told = dict(about or {})
             records = Records(place)
