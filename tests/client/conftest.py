@@ -10,8 +10,7 @@ from torch import Tensor
 
 from client.job import ClientJob
 from tasks.tokens import Tokens
-
-Sections = dict[str, Any]
+from tests.sections import Sections, merge
 
 SMALL: Sections = {
     "model": {"name": "tiny-bert"},
@@ -21,14 +20,6 @@ SMALL: Sections = {
     "training": {"steps": 2, "batch": 6},
 }
 CAUSAL: Sections = {"model": {"name": "tiny-llama"}, "task": {"kind": "causal-lm"}}
-
-
-def merge(base: Sections, changes: Sections) -> Sections:
-    """Return `base` with `changes` in it, section by section."""
-    merged = dict(base)
-    for key, value in changes.items():
-        merged[key] = {**merged.get(key, {}), **value} if isinstance(value, dict) else value
-    return merged
 
 
 @pytest.fixture

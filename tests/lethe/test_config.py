@@ -13,6 +13,7 @@ from lethe import config as run_files
 from lethe.config import (
     SECTIONS,
     RunFile,
+    conflicts,
     differences,
     find_recipe,
     from_mapping,
@@ -226,7 +227,7 @@ def test_contradictions_are_refused(empty: Path, overrides: list[str], words: st
     ],
 )
 def test_what_does_not_contradict_is_let_through(empty: Path, overrides: list[str]) -> None:
-    load_run_file(empty, overrides)
+    assert conflicts(load_run_file(empty, overrides)) == []
 
 
 def test_a_rule_between_sections_waits_until_both_are_sound(empty: Path) -> None:

@@ -14,8 +14,8 @@ from server.driver import RoundDriver
 from server.job import ServerJob
 from server.records import Records
 from simulation.grid import SequentialGrid
+from tests.sections import Sections, merge
 
-Sections = dict[str, Any]
 Tamper = Callable[[int, Message], Message | None]
 
 SMALL: Sections = {
@@ -25,14 +25,6 @@ SMALL: Sections = {
     "federation": {"clients": 4, "rounds": 2, "timeout": 0.1},
     "training": {"steps": 1, "batch": 4},
 }
-
-
-def merge(base: Sections, changes: Sections) -> Sections:
-    """Return `base` with `changes` in it, section by section."""
-    merged = dict(base)
-    for key, value in changes.items():
-        merged[key] = {**merged.get(key, {}), **value} if isinstance(value, dict) else value
-    return merged
 
 
 @dataclass

@@ -16,8 +16,8 @@ import simulation.engine
 from server.checkpoint import Checkpoints
 from simulation.config import SimulationConfig
 from simulation.engine import Stage, play
+from tests.sections import Sections, merge
 
-Sections = dict[str, Any]
 ROOT = Path(simulation.engine.__file__).parents[1]
 
 SMALL: Sections = {
@@ -27,14 +27,6 @@ SMALL: Sections = {
     "federation": {"clients": 3, "rounds": 3, "timeout": 5.0},
     "training": {"steps": 2, "batch": 6},
 }
-
-
-def merge(base: Sections, changes: Sections) -> Sections:
-    """Return `base` with `changes` in it, section by section."""
-    merged = dict(base)
-    for key, value in changes.items():
-        merged[key] = {**merged.get(key, {}), **value} if isinstance(value, dict) else value
-    return merged
 
 
 @pytest.fixture

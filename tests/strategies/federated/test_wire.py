@@ -2,7 +2,6 @@
 
 import builtins
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -140,9 +139,14 @@ def test_garbage_is_a_wrong_update_and_nothing_else(garbage: RecordDict) -> None
 
 @given(st.binary(max_size=200), st.sampled_from([b"", b"\x93NUMPY\x01\x00", b"\x93NUMPY\x03\x00", b"PK\x03\x04"]))
 @settings(max_examples=200)
-def test_no_bytes_raise_anything_but_a_wrong_update(data: bytes, magic: bytes) -> None:
-    with suppress(WrongUpdate):
-        Update.read(Message(content(**{ARRAYS: raw(magic + data)}), dst_node_id=1, message_type=TRAIN))
+def test_any_bytes_are_a_float32_vector_or_a_wrong_update(data: bytes, magic: bytes) -> None:
+    message = Message(content(**{ARRAYS: raw(magic + data)}), dst_node_id=1, message_type=TRAIN)
+    try:
+        read = Update.read(message).vector
+    except WrongUpdate as error:
+        assert str(error).startswith("the reply is not an update: ")
+        return
+    assert read.dtype is torch.float32
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------

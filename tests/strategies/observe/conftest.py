@@ -8,8 +8,7 @@ import pytest
 from strategies.observe.exporter import METRICS_VARIABLE
 from strategies.observe.logs import FILE_VARIABLE, LOG_VARIABLE
 from strategies.observe.watch import node_meters
-
-Sections = dict[str, Any]
+from tests.sections import Sections, merge
 
 
 @pytest.fixture(autouse=True)
@@ -33,8 +32,6 @@ def sections() -> Callable[..., Sections]:
             "federation": {"clients": 3, "rounds": 3, "timeout": 5.0},
             "training": {"steps": 1, "batch": 6},
         }
-        for key, value in changes.items():
-            tree[key] = {**tree.get(key, {}), **value}
-        return tree
+        return merge(tree, changes)
 
     return make
