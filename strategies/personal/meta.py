@@ -14,7 +14,7 @@ Factors = Mapping[tuple[Part, str], Tensor]
 
 
 class MetaLoRAs(nn.Module):
-    """The parameters: the B's, `b [N, size]`, a bank of N slots, and their A's, `a [N, size_a]`, where each has its own.
+    """The parameters: B's, `b [N, size]`, a bank of N slots, and, where each has an A of its own, `a [N, size_a]`.
 
     All B start at zero, all A's are Kaiming-uniform with a = sqrt(5), as in the released code. Source: RecLoRA
     (Zhu et al., 2024), paper for `product`, code for `factor`.

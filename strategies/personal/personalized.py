@@ -81,6 +81,8 @@ class Personalized:
         self.adapted = AdaptedModel.attach(base.model, adapter)
         self.curve: list[float] = []
         """Log loss on the checked validation rows, before training and after every epoch."""
+        self.inputs = 0
+        """Numbers of a vector that routes."""
         self._parts: Parts | None = None
 
     @property
@@ -97,7 +99,7 @@ class Personalized:
 
     def build(self, *, inputs: int, seed: int) -> Parts:
         """Make the parts for vectors of `inputs` numbers, untrained."""
-        config, device = self.config, self.base.placement.device
+        config, device, self.inputs = self.config, self.base.placement.device, inputs
         meta = MetaLoRAs(self.adapted, count=config.meta_loras, mixing=config.mixing, frame=config.frame, seed=2 * seed)
         gate = gate_of(config, sites=len(self.adapted.sites), inputs=inputs, seed=2 * seed + 1)
         self._parts = Parts(meta, gate.to(device), Answering(self.base).to(device), Calibration().to(device))

@@ -78,11 +78,13 @@ class Answering(nn.Module):
         """Return log odds `[rows]`."""
         if not self.causal:
             states = model(input_ids=batch.input_ids, attention_mask=batch.mask).last_hidden_state
-            return pool(states, batch, "mean") @ self.weight + self.bias
+            pooled: Tensor = pool(states, batch, "mean") @ self.weight + self.bias
+            return pooled
         # Padding stands on the right, where causal attention never looks back at it: no mask is needed.
         states = model.base_model(input_ids=batch.input_ids).last_hidden_state  # type: ignore[operator]
         last = states[torch.arange(len(batch), device=states.device), batch.last]
-        return last.float() @ self.weight + self.bias
+        odds: Tensor = last.float() @ self.weight + self.bias
+        return odds
 
 
 @torch.no_grad()
