@@ -55,7 +55,7 @@ from tasks.recommendation.splits import SPLITS, Split
 
 SINGLE = "single-lora-equal-parameters"
 DEFAULT = ("reclora-product-shared-user", "reclora-product-own-user", "reclora-factor-own-pair", SINGLE,
-           "single-lora-equal-rank", "uniform-gate", "random-gate")  # fmt: skip
+           "single-lora-equal-rank", "uniform-gate", "random-gate", "unadapted")  # fmt: skip
 ROUTERS: dict[str, Callable[[], Recommender]] = {"MF": FoldedFactors, "DIN": Din, "SASRec": Sasrec}
 HEADING = ("split", "arm", "AUC", "log loss", "vs single", "stacked", "vs stack", "swapped gate", "swapped",
            "entropy", "information", "cosine", "numbers", "CPU s")  # fmt: skip

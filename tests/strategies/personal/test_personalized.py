@@ -272,3 +272,10 @@ def test_a_prompt_can_tell_the_score_instead(world: Any) -> None:
     told = one.asking(world.log, asked(world, 2))
     assert not told.offsets.any()
     assert "% " in world.base.tokenizer.decode(told.tokens.ids[0])
+
+
+def test_unadapted_is_where_every_arm_starts(world: Any) -> None:
+    plain, other = world.arm(epochs=0, meta_loras=1, gate="uniform"), world.arm()
+    plain.fit(world.log, world.split, seed=0)
+    other.fit(world.log, world.split, seed=0)
+    assert len(plain.curve) == 1 and plain.curve[0] == pytest.approx(other.curve[0], abs=1e-6)
