@@ -35,7 +35,8 @@ def export_adapter(
 ) -> Path:
     """Write one slot (`blocks`: B, and A where it trained) as a PEFT directory, aside and renamed.
 
-    One rank and one alpha hold for all matrices, because servers drop per-module patterns silently. `extra` adds
+    One rank and one alpha hold for all matrices, because servers drop per-module patterns silently; the rank is that
+    of the blocks, which may be a multiple of the frame's (adapters beside one another), at an equal scale. `extra` adds
     further files by name. An existing directory is replaced as a whole: after a kill at any instant `directory` holds
     all of the old files, or all of the new ones, or is not there and its old files are at `.NAME.PID.old` beside it,
     until the next export.
@@ -45,7 +46,7 @@ def export_adapter(
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     save_file(_tensors(adapted, blocks), aside / WEIGHTS, metadata={"format": "pt"})
-    (aside / CONFIG).write_text(json.dumps(_config(adapted, reference, task_type), indent=2) + "\n")
+    (aside / CONFIG).write_text(json.dumps(_config(adapted, blocks, reference, task_type), indent=2) + "\n")
     for name, data in (extra or {}).items():
         (aside / name).write_bytes(data)
     if directory.exists():
@@ -66,14 +67,15 @@ def _tensors(adapted: AdaptedModel, blocks: Blocks) -> dict[str, Tensor]:
     return tensors
 
 
-def _config(adapted: AdaptedModel, reference: str, task_type: str | None) -> dict[str, Any]:
+def _config(adapted: AdaptedModel, blocks: Blocks, reference: str, task_type: str | None) -> dict[str, Any]:
+    rank = blocks["B", adapted.sites[0].name].shape[-1]
     kinds = {isinstance(layer.base, Conv1D) for layer in adapted.layers.values()}
     return {
         "peft_type": "LORA",
         "task_type": task_type,
         "base_model_name_or_path": reference,
-        "r": adapted.frame.rank,
-        "lora_alpha": adapted.alpha,
+        "r": rank,
+        "lora_alpha": adapted.alpha * rank / adapted.frame.rank,
         "lora_dropout": 0.0,
         "target_modules": short_names(adapted.base, adapted.sites),
         "bias": "none",

@@ -25,6 +25,9 @@ class Phrasing:
     """Whether it is told how many of the last events were liked: level carries most of the signal, so a comparison of
     personal methods gives it to all of them."""
     recent: int = 20
+    compact: bool = False
+    """One line an event: level, title, tags, answer and rating, and the target as a line whose answer is left out.
+    Every line is then a question with its answer, which is how a small reader learns to answer."""
 
 
 def prompts(
@@ -41,6 +44,8 @@ def prompts(
     """
     phrasing = phrasing or Phrasing()
     told = [None] * len(queries) if scores is None else [*(100 / (1 + np.exp(-scores)))]
+    if phrasing.compact:
+        return _compact(log, queries, short, phrasing, told)
     return tuple(
         "\n".join(_lines(log, queries.take(slice(place, place + 1)), rows[rows >= 0], phrasing, told[place]))
         for place, rows in enumerate(short)
@@ -63,6 +68,41 @@ def _lines(log: Interactions, query: Queries, rows: Ints, phrasing: Phrasing, sc
     tags = _tags(catalogue.tags[item]) if phrasing.tags else ""
     yield f"Will the viewer like the {phrasing.noun} {catalogue.titles[item]}{tags}? Answer Yes or No."
     yield "Answer:"
+
+
+def _compact(
+    log: Interactions, queries: Queries, short: Ints, phrasing: Phrasing, told: Sequence[float | None]
+) -> tuple[str, ...]:
+    used = np.unique(short[short >= 0])
+    known = dict(zip(used.tolist(), events(log, used, phrasing=phrasing), strict=True))
+    asked = _questions(log, queries, phrasing, told)
+    return tuple(
+        "\n".join([*(known[row] for row in rows if row >= 0), question])
+        for rows, question in zip(short.tolist(), asked, strict=True)
+    )
+
+
+def events(log: Interactions, rows: Ints, *, phrasing: Phrasing) -> list[str]:
+    """Write rows as compact lines: the question as it stood when the event happened, the answer and the
+    rating in steps from 1 to 10 (half stars)."""
+    asked = _questions(log, log.queries(rows), phrasing, [None] * len(rows))
+    return [
+        f"{question}{ANSWERS[int(like)]} {step}"
+        for question, like, step in zip(asked, log.likes[rows], log.levels[rows] + 1, strict=True)
+    ]
+
+
+def _questions(log: Interactions, queries: Queries, phrasing: Phrasing, told: Sequence[float | None]) -> Iterator[str]:
+    sums = np.concatenate([[0], np.cumsum(log.likes)])
+    first = np.maximum(queries.first, queries.end - phrasing.recent)
+    liked, count = sums[queries.end] - sums[first], queries.end - first
+    for place, item in enumerate(queries.items.tolist()):
+        # Nearly all questions have a whole stretch of recent events behind them; what goes without saying is not said.
+        known = f"{liked[place]} " if count[place] == phrasing.recent else f"{liked[place]}/{count[place]} "
+        level = known if phrasing.level else ""
+        score = "" if told[place] is None else f"{told[place]:.0f}% "
+        tags = " " + " ".join(log.catalogue.tags[item]) if phrasing.tags and log.catalogue.tags[item] else ""
+        yield f"{level}{score}{log.catalogue.titles[item]}{tags}:"
 
 
 def _tags(tags: Sequence[str]) -> str:

@@ -1,0 +1,68 @@
+"""The `personal:` section of the run file."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from lora.config import Section
+
+Mixing = Literal["product", "factor"]
+FrameKind = Literal["shared", "own"]
+Routing = Literal["user", "pair"]
+GateKind = Literal["router", "uniform", "random"]
+BaseScore = Literal["offset", "prompt", "none"]
+
+
+class PersonalConfig(Section):
+    """`personal:`, how meta-LoRAs are mixed for every user, and how they are trained.
+
+    Source: RecLoRA (Zhu et al., 2024), where paper and released code differ: the paper mixes products, the code
+    factors; both have A's of their own. The shared frozen frame is Lethe's.
+    """
+
+    meta_loras: int = Field(8, ge=1, le=256)
+    """Meta-LoRAs N of every adapted matrix; 1 is a single LoRA for everybody."""
+    mixing: Mixing = "product"
+    """product: sum w_i B_i A_i (the paper). factor: (sum w_i B_i)(sum w_i A_i) (the released code). Over a shared frame
+    both are the same, because weights sum to one."""
+    frame: FrameKind = "shared"
+    """shared: one frozen A, a user's mixture is one B, a slot of the bank. own: every meta-LoRA trains an A."""
+    routing: Routing = "user"
+    """user: by the history alone, so that a user's mixture can be kept. pair: by history and target (the code)."""
+    gate: GateKind = "router"
+    """router: learned. uniform and random (fixed for each user) are what it has to beat."""
+    gate_width: int = Field(60, ge=1, le=4096)
+    """Hidden width of a router."""
+    gate_dropout: float = Field(0.1, ge=0, lt=1)
+    """Dropout inside a router, in training only."""
+    temperature: float = Field(0.3, gt=0, le=1000)
+    """Softmax temperature. At high ones (the code's 5 to 15) all start with equal weights, and B's that start equal
+    and get equal gradients stay equal."""
+    base_score: BaseScore = "offset"
+    """Where the recommender's score goes: offset adds its log odds, prompt tells it in words, none leaves it out."""
+    history: int = Field(5, ge=0, le=200)
+    """Events told in a prompt."""
+    max_length: int = Field(256, ge=8, le=100_000)
+    """Tokens of a prompt; a longer one loses its oldest events."""
+    sample: int = Field(16_384, ge=1)
+    """Training rows that the adapters see, drawn once at random (Few2Many); all where there are fewer."""
+    epochs: int = Field(4, ge=0, le=1000)
+    """Passes over the sample; 0 only weighs the recommender and the unadapted model."""
+    batch: int = Field(64, ge=1, le=65_536)
+    """Prompts of a step."""
+    rate: float = Field(1e-3, gt=0)
+    """Learning rate of meta-LoRAs and head at the start; falls to zero in a straight line (AdamW)."""
+    gate_rate: float = Field(3e-3, gt=0)
+    """The same of the routers: they must tell users apart before the meta-LoRAs grow alike."""
+    decay: float = Field(0.0, ge=0)
+    """Weight decay of everything that trains."""
+    checks: int = Field(4096, ge=2)
+    """Validation rows by which the best epoch is chosen."""
+    seed: int = Field(0, ge=0)
+    """Seed of the starting values, the sample and the order; `fit(seed=)` wins."""
+
+    @model_validator(mode="after")
+    def _gate_has_a_choice(self) -> "PersonalConfig":
+        if self.meta_loras == 1 and self.gate != "uniform":
+            raise ValueError(f"gate={self.gate} has nothing to choose with meta_loras=1; set gate: uniform")
+        return self
