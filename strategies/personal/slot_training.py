@@ -4,7 +4,7 @@ A is frozen and shared, so a batch may hold the rows of any number of users; wha
 on who else is in the batch, up to the rounding of differently shaped products.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -49,7 +49,7 @@ class _Gradients:
     total: Tensor
     owners: Tensor
     every: bool
-    parts: tuple[Part, ...] = ("B",)
+    parts: Collection[Part] = ("B",)
     by_row: bool = field(default=False, init=False)
 
     def take(self, part: Part, name: str, gradient: Tensor) -> None:
