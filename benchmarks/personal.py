@@ -12,9 +12,11 @@ adapters inside; the base model is loaded before. In CPU seconds on one thread, 
 - loaded: one PEFT adapter into which every user's B is copied, and out of which it is read: the fastest we could make
   PEFT, though no longer an adapter a user (`bank_over_loaded_*`).
 
-Before anything is timed, bank and PEFT must agree (SGD, to 1e-5). Bytes a user are those that the files really take,
-with routing rows of 8 meta-LoRAs beside them. The update is of one user with one event, in a directory of
-`--update-users` users, read and durably written; retraining trains them all on 20 events each.
+Before anything is timed, bank and PEFT must agree (SGD, to 1e-5). Bytes a user are those that the files of a store
+really take, with `--many` users: slots of rank 2 on attention (rank 8 on everything would fill the disk with the same
+answer; `slot_bytes` is of those that are trained here), and routing rows of 8 meta-LoRAs. The update is of one user
+with one event, in a directory of `--update-users` users, read and durably written; retraining trains them all on 20
+events each.
 """
 
 import argparse
@@ -51,6 +53,7 @@ from tasks.tokens import Batch, Tokens, collate
 
 ADAPTER = AdapterConfig(rank=8, alpha=16)
 CONFIG = SlotSteps(steps=3, optimizer="adamw", rate=0.01)
+STORED = AdapterConfig(rank=2, alpha=4, targets="attention")
 SHORTEST, LONGEST = 32, 64
 META_LORAS = 8
 
@@ -115,7 +118,7 @@ class Rival:
             r=ADAPTER.rank, lora_alpha=int(ADAPTER.alpha), target_modules=[site.name for site in self.sites]
         )
         self.model = get_peft_model(self.work.load().model, self.config).eval()
-        self.inner: nn.Module = self.model.base_model.model
+        self.inner: nn.Module = self.model.base_model.model  # type: ignore[assignment]
 
     def factors(self, adapter: str) -> list[nn.Parameter]:
         """Give an adapter the bank's A's and return its B's."""
@@ -319,7 +322,13 @@ def _report(
 
 
 def _storage(work: Work, *, many: int, figures: dict[str, float], rows: list[list[str]]) -> None:
-    widths = {"slot": work.trainer.layout.size, "routing": META_LORAS * len(work.trainer.adapted.sites)}
+    trainer = work.trainer
+    small = AdaptedModel.attach(work.load().model, STORED)
+    widths = {
+        "stored_slot": sum(entry.size for entry in small.entries("B")),
+        "routing": META_LORAS * len(trainer.adapted.sites),
+    }
+    figures |= {"slot_bytes": 4.0 * trainer.layout.size}
     for what, width in widths.items():
         figures[f"{what}_bytes"] = 4.0 * width
         for users in (1000, many):

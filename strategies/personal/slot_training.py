@@ -21,6 +21,7 @@ from tasks.device import CPU_TOKENS
 from tasks.learner import GPU_OVERHEAD_FLOP, OVERHEAD_FLOP
 from tasks.parallel import even_budget, spread, workers
 
+FACTOR: tuple[Part, ...] = ("B",)
 GROUP_FLOP = 4e6
 """What one more group of rows costs in a pass, in floating-point operations that could have been done meanwhile."""
 UNIT = 4
@@ -49,7 +50,7 @@ class _Gradients:
     total: Tensor
     owners: Tensor
     every: bool
-    parts: Collection[Part] = ("B",)
+    parts: Collection[Part] = field(default=FACTOR, init=False)
     by_row: bool = field(default=False, init=False)
 
     def take(self, part: Part, name: str, gradient: Tensor) -> None:

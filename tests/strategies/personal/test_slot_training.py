@@ -17,7 +17,7 @@ from lora.errors import DataError, ModelError, WrongUpdate
 from lora.model import AdaptedModel
 from strategies.personal.losses import AnswerToken, RowLoss, task_loss
 from strategies.personal.slot_batches import UserEvents, best_group
-from strategies.personal.slot_optimizer import Moments, SlotSteps
+from strategies.personal.slot_optimizer import Moments, SlotSteps, step
 from strategies.personal.slot_training import SlotTrainer, update_users
 from strategies.personal.slots import UserSlots
 from tasks.config import ModelConfig, TaskConfig
@@ -131,8 +131,27 @@ def test_a_batch_of_users_equals_each_alone_in_peft(optimizer: str, choices: tup
     for value, each, trained in zip(begin, own, found.values, strict=True):
         alone = Alone(decoder().model, adapted, value, trainer.layout)
         expected = alone.train(each, answer_of_two if choices else answer_of_all, make(alone.trained), config.steps)
-        torch.testing.assert_close(trained, expected, rtol=1e-4, atol=1e-5)
+        # AdamW divides by the gradient's size: where that is near its epsilon, rounding is what remains.
+        close = 2e-4 if optimizer == "adamw" else 1e-5
+        torch.testing.assert_close(trained, expected, rtol=1e-4, atol=close)
         assert (trained - value).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_step_is_torchs_own(optimizer: str) -> None:
+    config, make = OPTIMIZERS[optimizer]
+    source = torch.Generator().manual_seed(0)
+    values = torch.randn(3, 40, generator=source)
+    theirs = [nn.Parameter(row.clone()) for row in values]
+    optimizers = [make([row]) for row in theirs]
+    moments = Moments.fresh(3, 40)
+    for _ in range(5):
+        gradients = torch.randn(3, 40, generator=source) * 10.0 ** -torch.arange(3)[:, None]
+        step(values, gradients, moments, config=config)
+        for row, gradient, own in zip(theirs, gradients, optimizers, strict=True):
+            row.grad = gradient.clone()
+            own.step()
+    torch.testing.assert_close(values, torch.stack([row.detach() for row in theirs]), rtol=1e-6, atol=1e-6)
 
 
 def test_an_encoder_with_a_frozen_head_equals_each_alone_in_peft() -> None:
@@ -208,7 +227,7 @@ def test_what_a_user_did_is_nothing_to_the_others(adapted: AdaptedModel, seed: i
     before = trainer(begin, own, config=config).values
     lengths = own[2].tokens.lengths
     other = [np.random.default_rng(seed + 1).integers(3, 259, size=length) for length in lengths]
-    own[2] = UserEvents(Tokens(other, labels=1 - own[2].tokens.labels))  # type: ignore[operator]
+    own[2] = UserEvents(Tokens(other, labels=1 - own[2].tokens.labels))  # type: ignore[operator, arg-type]
     begin[2] = float("nan") if spoiled else -begin[2]
     after = trainer(begin, own, config=config)
     kept = [0, 1, 3]
