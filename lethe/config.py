@@ -222,6 +222,11 @@ def load_any(recipe: str | Path, overrides: Sequence[str] = ()) -> RunKind:
     return _load(recipe, overrides, None)
 
 
+def read_kind(path: Path) -> str:
+    """Return the kind that a run file says it is, valid or not."""
+    return str(_read(path).get("kind", "federation"))
+
+
 def _load(recipe: str | Path, overrides: Sequence[str], wanted: type[Kind] | None) -> Kind:
     path = find_recipe(recipe)
     tree = _read(path)

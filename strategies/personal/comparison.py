@@ -2,7 +2,6 @@
 
 import statistics
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -150,18 +149,17 @@ class Comparison:
         stack.fit(self.log, self.split, seed=world.seed)
         self._note(STACK, stack, world, listen)
         arms = {name: self._fitted(name, world, config, adapter, listen) for name in self._names()}
-        personal = Remembered(arms[RECLORA])
-        together = Stack([*members, personal], fitted=True, name=STACK_WITH)
+        together = Stack([*members, arms[RECLORA]], fitted=True, name=STACK_WITH)
         together.fit(self.log, self.split, seed=world.seed)
         self._note(STACK_WITH, together, world, listen)
         ranked: dict[str, Recommender] = {
-            RECOMMENDER: world.scorer, SINGLE: arms[SINGLE], RECLORA: personal, STACK: stack, STACK_WITH: together
+            RECOMMENDER: world.scorer, SINGLE: arms[SINGLE], RECLORA: arms[RECLORA], STACK: stack, STACK_WITH: together
         }  # fmt: skip
         for name, one in ranked.items():
             self.found[name].add(**self.asked.ranking(one, self.log))
         figures = {name: each.figures.get("ndcg10", [None])[-1] for name, each in self.found.items() if name in ranked}
         listen({"kind": "ranked", "seed": world.seed, "name": "rankings", "ndcg10": figures})
-        return {name: arms[name] for name in (SINGLE, RECLORA)}
+        return {name: arms[name].one for name in (SINGLE, RECLORA)}
 
     def _names(self) -> list[str]:
         return [SINGLE, *(name for name in self.comparison.arms if name != SINGLE_VARIANT), RECLORA]
@@ -174,17 +172,18 @@ class Comparison:
 
     def _fitted(
         self, name: str, world: World, config: PersonalConfig, adapter: AdapterConfig, listen: Listen
-    ) -> Personalized:
+    ) -> Remembered[Personalized]:
         begun = time.perf_counter()
         variant = {SINGLE: SINGLE_VARIANT, RECLORA: None}.get(name, name)
         arm = world.fitted(variant, config, adapter)
         seconds = round(time.perf_counter() - begun, 3)
         curve = {"numbers": arm.trained_parameters, "curve": arm.curve, "seconds": seconds}
-        each = self._note(name, arm, world, listen, **curve)
+        one = Remembered(arm)
+        each = self._note(name, one, world, listen, **curve)
         each.add(numbers=arm.trained_parameters, kept_epoch=int(np.argmin(arm.curve)), seconds=seconds)
         if name == RECLORA:
             self._question(arm, each)
-        return arm
+        return one
 
     def _question(self, arm: Personalized, each: Found) -> None:
         """Ask what the gate does, and how much worse another user's is."""
@@ -198,7 +197,3 @@ class Comparison:
         """Return how much more AUC `one` has than `other`, the mean over seeds, with its interval over users."""
         pair = (np.stack(self.found[name].logits) for name in (one, other))
         return paired_bootstrap(self.asked.labels, *pair, users=self.asked.users, draws=self.comparison.draws, seed=seed)
-
-    def differences(self, pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], Interval]:
-        """Return several."""
-        return {pair: self.difference(*pair) for pair in pairs}

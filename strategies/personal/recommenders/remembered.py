@@ -1,5 +1,7 @@
 """A recommender whose last answers are kept: two stacks and a ranking ask the same of a dear language model."""
 
+from typing import Generic, TypeVar
+
 from strategies.personal.recommenders.protocol import Recommender
 from tasks.recommendation.interactions import Floats, Interactions, Queries
 from tasks.recommendation.splits import Split
@@ -7,11 +9,13 @@ from tasks.recommendation.splits import Split
 KEPT = 4
 """Sets of queries whose answers stay."""
 
+One = TypeVar("One", bound=Recommender)
 
-class Remembered:
+
+class Remembered(Generic[One]):
     """Answers the same set of queries (the same object) over the same interactions once; they are never changed."""
 
-    def __init__(self, one: Recommender) -> None:
+    def __init__(self, one: One) -> None:
         self.one, self.name = one, one.name
         self._known: list[tuple[Interactions, Queries, Floats]] = []
 
