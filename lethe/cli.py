@@ -92,8 +92,8 @@ def personalize(recipe: Recipe, overrides: Overrides = None, quiet: Quiet = Fals
         except (LetheError, KeyboardInterrupt):
             if progress.directory is not None:
                 kept = _run_name(progress.directory)
-                _complain(f"the run stopped; what it found is in {progress.directory} (`lethe report {kept}` shows it), "
-                          "and a new run needs another name", style="yellow")  # fmt: skip
+                found = f"what it found is in {progress.directory} (`lethe report {kept}` shows it)"
+                _complain(f"the run stopped; {found}, and a new run needs another name", style="yellow")
             raise
 
 

@@ -24,7 +24,7 @@ from simulation.config import SimulationConfig
 from strategies.federated.config import FederationConfig
 from strategies.personal.config import ComparisonConfig, PersonalConfig
 from tasks.config import DataConfig, ModelConfig, TaskConfig
-from tasks.recommendation.config import ReadingModelConfig, RatingsConfig
+from tasks.recommendation.config import RatingsConfig, ReadingModelConfig
 
 RECIPE_FOLDERS = (Path("recipes"), Path(__file__).parents[1] / "recipes", Path(__file__).parent / "recipes")
 """Where a bare recipe name is looked up: the working directory, the source tree, the installed package."""
@@ -176,8 +176,8 @@ def _shares_for_every_client(run: RunFile) -> str | None:
 def _something_to_mix(run: PersonalRun) -> str | None:
     if run.personal.meta_loras == 1 or run.personal.gate != "router":
         return (
-            f"personal.meta_loras={run.personal.meta_loras}, personal.gate={run.personal.gate}: nothing would be personal; "
-            "use 2 or more and gate: router, and name what it is compared with in comparison.arms"
+            f"personal.meta_loras={run.personal.meta_loras}, personal.gate={run.personal.gate}: nothing would be "
+            "personal; use 2 or more and gate: router, and name what it is compared with in comparison.arms"
         )
     return None
 
@@ -248,7 +248,9 @@ def _kind_of(tree: dict[str, Any], wanted: type[Kind] | None, source: str) -> ty
     """Take the kind out of the tree, and refuse one that is not wanted."""
     name = tree.pop("kind", "federation")
     if name not in KINDS:
-        raise ConfigError(f"{source}: kind={inline(name)}: must be one of {', '.join(KINDS)}{nearest(str(name), KINDS)}")
+        raise ConfigError(
+            f"{source}: kind={inline(name)}: must be one of {', '.join(KINDS)}{nearest(str(name), KINDS)}"
+        )
     if wanted is not None and KINDS[name] is not wanted:
         says = f"kind: {name}" if name == "personal" else "no `kind: personal` at its top"
         raise ConfigError(f"{source}: has {says}; it is for `{_COMMANDS[name]}`")

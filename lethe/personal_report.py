@@ -57,7 +57,11 @@ def _tiles(summary: Mapping[str, Any]) -> str:
             _figure(summary, "auc_stack_with_reclora"),
             f"stack alone {_figure(summary, 'auc_stack')}",
         ),
-        ("NDCG@10, RecLoRA", _figure(summary, "ndcg10_reclora"), f"recommender {_figure(summary, 'ndcg10_recommender')}"),
+        (
+            "NDCG@10, RecLoRA",
+            _figure(summary, "ndcg10_reclora"),
+            f"recommender {_figure(summary, 'ndcg10_recommender')}",
+        ),
         (
             "Gate entropy",
             percent(summary["gate_entropy_share"]),
@@ -84,7 +88,7 @@ def _arms(record: RunRecord) -> str:
     if not arms:
         return ""
     differences = [
-        (f"{_named(each['one'])} − {_named(each['other'])}", each["value"], each["low"], each["high"])
+        (f"{_named(each['one'])} minus {_named(each['other'])}", each["value"], each["low"], each["high"])
         for each in record.summary["differences"]
     ]
     aucs = [float(each["auc"]) for each in arms]
@@ -115,7 +119,11 @@ def _signed(value: float) -> str:
 def _rows(arms: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     columns = ("auc", "log_loss", "ndcg10", "hit10")
     return [
-        [_named(each["name"]), *(_figure(each, key) for key in columns), f"{each['numbers']:,.0f}" if each.get("numbers") else ""]
+        [
+            _named(each["name"]),
+            *(_figure(each, key) for key in columns),
+            f"{each['numbers']:,.0f}" if each.get("numbers") else "",
+        ]
         for each in arms
     ]
 
@@ -164,7 +172,9 @@ def _user(portrait: Mapping[str, Any]) -> str:
     charts = [
         _history(portrait),
         _recommended("Recommended with personalisation (RecLoRA)", shown["reclora"]),
-        _recommended(f"Recommended without (the {_named(without)})", shown[without], note=f"{same} of these are above as well."),
+        _recommended(
+            f"Recommended without (the {_named(without)})", shown[without], note=f"{same} of these are above as well."
+        ),
     ]
     return grid(charts)
 

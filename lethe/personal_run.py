@@ -11,7 +11,18 @@ from lethe.config import PersonalRun
 from lethe.directory import METRICS, REPORT, SUMMARY, check_free, new_directory
 from lethe.progress import Progress
 from lethe.report import write_report
-from strategies.personal.comparison import RECLORA, RECOMMENDER, SINGLE, STACK, STACK_WITH, Asked, Comparison, check_split
+from strategies.personal.comparison import (
+    RECLORA,
+    RECOMMENDER,
+    SINGLE,
+    SINGLE_VARIANT,
+    STACK,
+    STACK_WITH,
+    Asked,
+    Comparison,
+    Found,
+    check_split,
+)
 from strategies.personal.personalized import Personalized
 from strategies.personal.portrait import Sitter, export_user, portrait, sitter
 from strategies.personal.variants import variant
@@ -89,7 +100,7 @@ class _Playing:
         about = self._about()
         self._write({"kind": "start"} | about)
         if self.progress is not None:
-            self.progress.rounds = self._planned()
+            self.progress.rounds = _planned(self.run)
             self.progress.started(self.directory, self._decisions(about))
 
     def seed(self, index: int) -> None:
@@ -174,21 +185,15 @@ class _Playing:
 
     # --- What is said on the way ---
 
-    def _planned(self) -> int:
-        chosen = self.run.comparison
-        members = len(chosen.recommenders)
-        arms = 2 + len(chosen.arms)
-        return chosen.seeds * (2 * members + 2 + 3 + arms + 1)
-
     def _decisions(self, about: Mapping[str, Any]) -> list[str]:
         import torch
 
         personal, chosen = self.run.personal, self.run.comparison
         return [
-            f"{about['users']:,} users, {about['items']:,} items, {about['interactions']:,} ratings; split {about['split']}: "
-            f"{about['train_rows']:,} rows to learn from, {about['test_rows']:,} to be asked about",
-            f"model {about['model']}, {personal.meta_loras} meta-LoRAs of rank {self.run.adapter.rank}, {personal.mixing} "
-            f"mixing, {personal.frame} frame, routed by {personal.routing} vectors of {' and '.join(chosen.routers)}",
+            f"{about['users']:,} users, {about['items']:,} items, {about['interactions']:,} ratings; split "
+            f"{about['split']}: {about['train_rows']:,} rows to learn from, {about['test_rows']:,} to be asked about",
+            f"model {about['model']}, {personal.meta_loras} meta-LoRAs of rank {self.run.adapter.rank}, "
+            f"{personal.mixing} mixing, {personal.frame} frame, routed by {personal.routing} vectors of {' and '.join(chosen.routers)}",
             f"adapters see {min(personal.sample, int(about['train_rows'])):,} rows, {personal.epochs} epochs; "
             f"seeds {chosen.seeds}, {torch.get_num_threads()} torch threads",
         ]
@@ -204,7 +209,14 @@ class _Playing:
             metrics.write(json.dumps(dict(record)) + "\n")
 
 
-def _row(each: Any) -> dict[str, Any]:
+def _planned(run: PersonalRun) -> int:
+    """Return how many parts a run has: fits, arms, and one ranking a seed."""
+    members, arms = len(run.comparison.recommenders), len({*run.comparison.arms} - {SINGLE_VARIANT})
+    fits, asked = members + 2, members + 3 + 2 + arms
+    return run.comparison.seeds * (fits + asked + 1)
+
+
+def _row(each: Found) -> dict[str, Any]:
     figures = ("auc", "log_loss", "ndcg10", "hit10", "mrr", "numbers")
     row = {figure: each.mean(figure) for figure in figures}
     return row | {f"{figure}_spread": each.spread(figure) for figure in figures[:-1]}

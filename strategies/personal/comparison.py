@@ -196,4 +196,5 @@ class Comparison:
     def difference(self, one: str, other: str, *, seed: int = 0) -> Interval:
         """Return how much more AUC `one` has than `other`, the mean over seeds, with its interval over users."""
         pair = (np.stack(self.found[name].logits) for name in (one, other))
-        return paired_bootstrap(self.asked.labels, *pair, users=self.asked.users, draws=self.comparison.draws, seed=seed)
+        draws, asked = self.comparison.draws, self.asked
+        return paired_bootstrap(asked.labels, *pair, users=asked.users, draws=draws, seed=seed)

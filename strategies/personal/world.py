@@ -1,4 +1,4 @@
-"""What all arms of one seed share: recommenders, their scores of training rows, a language model; and how arms are made."""
+"""What all arms of one seed share: recommenders, their scores of training rows, a language model."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lora.config import AdapterConfig
+from lora.errors import ModelError
 from lora.targets import find_sites
 from strategies.personal.asking import Asking
 from strategies.personal.config import ComparisonConfig, PersonalConfig
@@ -104,9 +105,7 @@ class World:
         representation: Representation = Recommended(self.routers, own.routing)
         if own.gate == "random":
             representation = Drawn(width=len(find_sites(base.model, adapter.targets)) * own.meta_loras, seed=self.seed)
-        return Personalized(
-            base, adapter, own, asking=asking, representation=representation, name=name or "RecLoRA"
-        )
+        return Personalized(base, adapter, own, asking=asking, representation=representation, name=name or "RecLoRA")
 
     def fitted(self, name: str | None, config: PersonalConfig, adapter: AdapterConfig) -> Personalized:
         """Make an arm and train it."""
@@ -127,4 +126,4 @@ class World:
 def _representing(member: Recommender) -> Representing:
     if isinstance(member, Representing):
         return member
-    raise TypeError(f"{member.name} has no vectors to route by")
+    raise ModelError(f"recommender {member.name} has no vectors to route by; use MF, DIN or SASRec")
