@@ -193,7 +193,8 @@ class _Playing:
             f"{about['users']:,} users, {about['items']:,} items, {about['interactions']:,} ratings; split "
             f"{about['split']}: {about['train_rows']:,} rows to learn from, {about['test_rows']:,} to be asked about",
             f"model {about['model']}, {personal.meta_loras} meta-LoRAs of rank {self.run.adapter.rank}, "
-            f"{personal.mixing} mixing, {personal.frame} frame, routed by {personal.routing} vectors of {' and '.join(chosen.routers)}",
+            f"{personal.mixing} mixing, {personal.frame} frame, routed by {personal.routing} vectors of "
+            f"{' and '.join(chosen.routers)}",
             f"adapters see {min(personal.sample, int(about['train_rows'])):,} rows, {personal.epochs} epochs; "
             f"seeds {chosen.seeds}, {torch.get_num_threads()} torch threads",
         ]
