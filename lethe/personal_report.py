@@ -1,5 +1,6 @@
 """The report of a personal run: arms and their intervals, training, the gate, and one user in pictures."""
 
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -92,7 +93,7 @@ def _arms(record: RunRecord) -> str:
         for each in record.summary["differences"]
     ]
     aucs = [float(each["auc"]) for each in arms]
-    base = max(0.0, min(aucs) - 0.02)
+    base = max(0.0, math.floor(50 * min(aucs) - 0.5) / 50)
     charts = [
         intervals(
             "Difference of AUC",
@@ -203,7 +204,7 @@ def _recommended(title: str, items: Sequence[Mapping[str, Any]], *, note: str = 
         [(_named(arm), [float(each["likes"][arm]) for each in items]) for arm in arms],
         form=percent,
         label="probability of a like",
-        top=1.0,
+        top=1.03,
         note=" ".join(filter(None, [note, later])),
     )
 

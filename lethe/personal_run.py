@@ -23,6 +23,7 @@ from strategies.personal.comparison import (
     Found,
     check_split,
 )
+from strategies.personal.config import PersonalConfig
 from strategies.personal.personalized import Personalized
 from strategies.personal.portrait import Sitter, export_user, portrait, sitter
 from strategies.personal.variants import variant
@@ -47,6 +48,8 @@ class Prepared:
     who: Sitter
     base: BaseOf
     asked: Asked
+    personal: PersonalConfig
+    """As in the run file, with at most half of the training rows for the adapters: the rest is for what they stand on."""
 
     @classmethod
     def of(cls, run: PersonalRun) -> "Prepared":
@@ -57,7 +60,9 @@ class Prepared:
         split = SPLITS[run.comparison.split](log)
         check_split(log, split)
         who = sitter(log, split, run.comparison.show_user)
-        return cls(log, split, who, base_of(run.model), Asked.of(log, split, run.comparison, seed=run.seed))
+        asked = Asked.of(log, split, run.comparison, seed=run.seed)
+        sample = min(run.personal.sample, len(split.train) // 2)
+        return cls(log, split, who, base_of(run.model), asked, run.personal.model_copy(update={"sample": sample}))
 
 
 def personalize(
@@ -107,13 +112,19 @@ class _Playing:
         """Fit and ask everybody once; the first seed's adapter and user are kept."""
         run, ready = self.run, self.prepared
         world = World.made(
-            ready.log, ready.split, run.comparison, base=ready.base, seed=run.seed + index, listen=self._done
+            ready.log,
+            ready.split,
+            run.comparison,
+            base=ready.base,
+            sample=ready.personal.sample,
+            seed=run.seed + index,
+            listen=self._done,
         )
         self.model = world.base.reference
         if index == 0 and world.base.reference == "reader":
             kept = save_reader(world.base, self.directory / BASE)
             world = replace(world, base=replace(world.base, reference=str(kept)))
-        arms = self.comparison.run(world, run.personal, run.adapter, listen=self._done)
+        arms = self.comparison.run(world, ready.personal, run.adapter, listen=self._done)
         if index == 0:
             self._show(arms)
 
@@ -188,15 +199,15 @@ class _Playing:
     def _decisions(self, about: Mapping[str, Any]) -> list[str]:
         import torch
 
-        personal, chosen = self.run.personal, self.run.comparison
+        personal, chosen = self.prepared.personal, self.run.comparison
         return [
             f"{about['users']:,} users, {about['items']:,} items, {about['interactions']:,} ratings; split "
             f"{about['split']}: {about['train_rows']:,} rows to learn from, {about['test_rows']:,} to be asked about",
             f"model {about['model']}, {personal.meta_loras} meta-LoRAs of rank {self.run.adapter.rank}, "
             f"{personal.mixing} mixing, {personal.frame} frame, routed by {personal.routing} vectors of "
             f"{' and '.join(chosen.routers)}",
-            f"adapters see {min(personal.sample, int(about['train_rows'])):,} rows, {personal.epochs} epochs; "
-            f"seeds {chosen.seeds}, {torch.get_num_threads()} torch threads",
+            f"adapters learn from {personal.sample:,} of these rows, {personal.epochs} epochs, and what routes and reads "
+            f"from the others; seeds {chosen.seeds}, {torch.get_num_threads()} torch threads",
         ]
 
     def _done(self, record: Mapping[str, Any]) -> None:
@@ -213,7 +224,7 @@ class _Playing:
 def _planned(run: PersonalRun) -> int:
     """Return how many parts a run has: fits, arms, and one ranking a seed."""
     members, arms = len(run.comparison.recommenders), len({*run.comparison.arms} - {SINGLE_VARIANT})
-    fits, asked = members + 2, members + 3 + 2 + arms
+    fits, asked = members + 3, members + 3 + 2 + arms
     return run.comparison.seeds * (fits + asked + 1)
 
 

@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 
 from lora.config import AdapterConfig
-from lora.errors import DataError
 from strategies.personal.config import ComparisonConfig, PersonalConfig
 from strategies.personal.personalized import Personalized
 from strategies.personal.recommenders.protocol import Recommender
 from strategies.personal.recommenders.remembered import Remembered
 from strategies.personal.recommenders.stack import Stack
 from strategies.personal.router import GateReport
-from strategies.personal.world import Listen, World, silent
+from strategies.personal.world import Listen, World, check_rows, silent
 from tasks.recommendation.candidates import sampled
 from tasks.recommendation.interactions import Floats, Interactions, Ints, Queries
 from tasks.recommendation.metrics import Interval, Labels, likes, paired_bootstrap, ranking, ranks
@@ -117,13 +116,7 @@ def swaps(users: Ints, rng: np.random.Generator) -> Ints:
 def check_split(log: Interactions, split: Split) -> None:
     """Raise DataError where a part of the split has not both likes and dislikes."""
     for name in ("train", "validation", "test"):
-        rows = getattr(split, name)
-        liked = int(log.likes[rows].sum())
-        if not 0 < liked < len(rows):
-            raise DataError(
-                f"the {name} rows of the {split.name} split have {liked} likes in {len(rows)} rows, and both likes and "
-                "dislikes are needed; give more ratings, or set ratings.like_from between them"
-            )
+        check_rows(log, getattr(split, name), f"{name} rows of the {split.name} split")
 
 
 @dataclass

@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lora.config import AdapterConfig
-from lora.errors import ModelError
+from lora.errors import DataError, ModelError
 from lora.targets import find_sites
 from strategies.personal.asking import Asking
 from strategies.personal.config import ComparisonConfig, PersonalConfig
-from strategies.personal.fitting import cross_fitted
+from strategies.personal.fitting import cross_fitted, without_sample
 from strategies.personal.personalized import Personalized
 from strategies.personal.recommenders.boosted import Boosted
 from strategies.personal.recommenders.din import Din
@@ -21,7 +21,7 @@ from strategies.personal.representation import Drawn, Recommended, Representatio
 from strategies.personal.variants import equal_rank, variant, widened
 from tasks.models import BaseModel, load_base
 from tasks.recommendation.config import ReadingModelConfig
-from tasks.recommendation.interactions import Floats, Interactions
+from tasks.recommendation.interactions import Floats, Interactions, Ints
 from tasks.recommendation.reader import train_reader
 from tasks.recommendation.splits import Split
 
@@ -73,20 +73,25 @@ class World:
 
     @classmethod
     def made(
-        cls, log: Interactions, split: Split, comparison: ComparisonConfig, *, base: BaseOf, seed: int,
+        cls, log: Interactions, split: Split, comparison: ComparisonConfig, *, base: BaseOf, sample: int, seed: int,
         listen: Listen = silent,
     ) -> "World":  # fmt: skip
-        """Fit recommenders and language model on the training rows."""
+        """Fit recommenders on the training rows; those that route, and the language model, on the rows without the
+        `sample` that adapters will see (`without_sample`). Raises DataError where too few are left.
+        """
+        rest = without_sample(split, sample, seed=seed)
+        check_rows(log, rest.train, f"training rows besides the {sample} of personal.sample")
         members: dict[str, Recommender] = {}
         for name in comparison.recommenders:
             members[name] = RECOMMENDERS[name]()
             members[name].fit(log, split, seed=seed)
             listen({"kind": "fitted", "seed": seed, "name": name})
-        routers = tuple(_representing(members[name]) for name in comparison.routers)
+        routers = tuple(_router(name, log, rest, seed) for name in comparison.routers)
+        listen({"kind": "fitted", "seed": seed, "name": f"routing by {' and '.join(comparison.routers)}"})
         make = RECOMMENDERS[comparison.scorer]
         scores = cross_fitted(make, log, split, folds=comparison.folds, seed=seed)
         listen({"kind": "fitted", "seed": seed, "name": f"{comparison.scorer} on {comparison.folds} folds"})
-        model = base(log, split, seed)
+        model = base(log, rest, seed)
         listen({"kind": "fitted", "seed": seed, "name": f"language model {model.reference}"})
         return cls(log, split, members, routers, members[comparison.scorer], scores, model, seed)
 
@@ -121,6 +126,22 @@ class World:
         sites = find_sites(self.base.model, adapter.targets)
         inputs = probe(self.log, rows).shape[1]
         return widened(adapter, equal_rank(sites, config, rank=adapter.rank, inputs=inputs))
+
+
+def _router(name: str, log: Interactions, rest: Split, seed: int) -> Representing:
+    member = RECOMMENDERS[name]()
+    member.fit(log, rest, seed=seed)
+    return _representing(member)
+
+
+def check_rows(log: Interactions, rows: Ints, what: str) -> None:
+    """Raise DataError where rows have not both likes and dislikes."""
+    liked = int(log.likes[rows].sum())
+    if not 0 < liked < len(rows):
+        raise DataError(
+            f"the {what} have {liked} likes in {len(rows)} rows, and both likes and dislikes are needed; give more "
+            "ratings, or set ratings.like_from between them"
+        )
 
 
 def _representing(member: Recommender) -> Representing:
