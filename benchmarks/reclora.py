@@ -7,8 +7,8 @@
 For every seed and split, recommenders learn from all training rows. The reader (a small decoder) and the recommenders
 whose vectors route learn from those that the adapters will not see; the score beside a row comes from a model that did
 not learn from that row. Every arm then tunes its adapters on the same sample, with the same prompts, the same scores
-and the same starting point: the weighed recommender and unadapted model, which is the arm `unadapted`. Figures are of test
-rows, or with `--validation` of every other validation row, by which settings are chosen; the rest of these stops
+and the same starting point: the weighed recommender and unadapted model, which is the arm `unadapted`. Figures are of
+test rows, or with `--validation` of every other validation row, by which settings are chosen; the rest of these stops
 training and weighs the stack.
 
 - AUC, log loss: mean over seeds, with the spread. `vs single`, `vs stack`: AUC minus that of the single LoRA of equal

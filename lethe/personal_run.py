@@ -49,7 +49,7 @@ class Prepared:
     base: BaseOf
     asked: Asked
     personal: PersonalConfig
-    """As in the run file, with at most half of the training rows for the adapters: the rest is for what they stand on."""
+    """As in the run file, but adapters get at most half of the training rows: the rest is for what they stand on."""
 
     @classmethod
     def of(cls, run: PersonalRun) -> "Prepared":
@@ -206,8 +206,8 @@ class _Playing:
             f"model {about['model']}, {personal.meta_loras} meta-LoRAs of rank {self.run.adapter.rank}, "
             f"{personal.mixing} mixing, {personal.frame} frame, routed by {personal.routing} vectors of "
             f"{' and '.join(chosen.routers)}",
-            f"adapters learn from {personal.sample:,} of these rows, {personal.epochs} epochs, and what routes and reads "
-            f"from the others; seeds {chosen.seeds}, {torch.get_num_threads()} torch threads",
+            f"adapters learn from {personal.sample:,} of these rows, {personal.epochs} epochs, and what routes and "
+            f"reads from the others; seeds {chosen.seeds}, {torch.get_num_threads()} torch threads",
         ]
 
     def _done(self, record: Mapping[str, Any]) -> None:
