@@ -417,7 +417,8 @@ def test_a_file_says_its_kind_and_only_its_command_takes_it(empty: Path, persona
         ("comparison.routers=[]", "comparison.routers=[]: name one or more, each once"),
         ("comparison.arms=[uniform-gate, uniform-gate]", "comparison.arms=['uniform-gate', 'uniform-gate']: name"),
         ("comparison.seeds=0", "comparison.seeds=0: must be a whole number, at least 1"),
-        ("personal.meta_loras=1", "personal.meta_loras=1"),
+        ("personal.meta_loras=1", "personal.gate=router has nothing to choose with meta_loras=1"),
+        ("personal.gate=random", "personal.gate=random: nothing would be personal"),
         ("ratings.like_from=9", "ratings"),
     ],
 )
