@@ -1,4 +1,4 @@
-"""The `personal:` section of the run file."""
+"""The `personal:` and `comparison:` sections of the run file."""
 
 from typing import Literal
 
@@ -65,4 +65,46 @@ class PersonalConfig(Section):
     def _gate_has_a_choice(self) -> "PersonalConfig":
         if self.meta_loras == 1 and self.gate != "uniform":
             raise ValueError(f"gate={self.gate} has nothing to choose with meta_loras=1; set gate: uniform")
+        return self
+
+
+RouterName = Literal["MF", "DIN", "SASRec"]
+RecommenderName = Literal["MF", "DIN", "SASRec", "boosted"]
+
+
+class ComparisonConfig(Section):
+    """`comparison:`, what personal adapters stand on and are measured against: split, recommenders, arms, rankings."""
+
+    split: Literal["per-user", "global-time"] = "per-user"
+    """per-user: the last fifth of every user's events is asked about. global-time: the last tenth of all."""
+    seeds: int = Field(1, ge=1, le=100)
+    """How often everything is trained, with `seed`, `seed` + 1, ...; figures are means."""
+    recommenders: tuple[RecommenderName, ...] = ("MF", "DIN", "SASRec", "boosted")
+    """Members of the stack, fitted to all training rows."""
+    scorer: RecommenderName = "MF"
+    """The recommender whose score every language model gets (personal.base_score)."""
+    routers: tuple[RouterName, ...] = ("MF", "DIN")
+    """The recommenders whose vectors of a user route."""
+    folds: int = Field(3, ge=2, le=100)
+    """Parts of the training rows; the scorer's scores of each come from a fit to the others."""
+    arms: tuple[str, ...] = ()
+    """Further arms beside RecLoRA and the single LoRA of equal parameters, such as uniform-gate, random-gate,
+    single-lora-equal-rank or reclora-factor-own-pair."""
+    ranked: int = Field(100, ge=1)
+    """Test rows of which the item that came next is ranked (NDCG)."""
+    candidates: int = Field(100, ge=1)
+    """Items that its user never rates, which it is ranked among; fewer where the catalogue is small."""
+    draws: int = Field(300, ge=20, le=100_000)
+    """Redraws of whole users behind every interval."""
+    show_user: str | None = None
+    """The user whose adapter is exported and whose recommendations the report shows; null: who has most test rows."""
+
+    @model_validator(mode="after")
+    def _members_are_there(self) -> "ComparisonConfig":
+        for key, named in (("recommenders", self.recommenders), ("routers", self.routers), ("arms", self.arms)):
+            if len(set(named)) < len(named) or (not named and key != "arms"):
+                raise ValueError(f"{key}={list(named)}: name one or more, each once")
+        for name in (self.scorer, *self.routers):
+            if name not in self.recommenders:
+                raise ValueError(f"{name} scores or routes and is no member; add it to recommenders")
         return self
