@@ -12,8 +12,9 @@ without privacy, its mean loss.
 
 Privacy is per question: an example is one target with its label, the prompt with what is told of the history in it, and
 the weights that route it; neighbours differ by one of these. An event of a user is the target of one question and is
-told in later ones, so epsilon covers a question, not an event or a user. `histories.per_user: 1` leaves one question a
-user: then an example is a user.
+told in later ones, so epsilon covers a question, not an event or a user. `histories.per_user: 1` with `ratings.core: 1`
+leaves one question a user and lets nobody's data decide about another's: then an example is a user. With k questions a
+user is a group of k, at k times the epsilon and more than k times the delta.
 """
 
 import hashlib
