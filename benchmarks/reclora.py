@@ -6,9 +6,9 @@
 
 For every seed and split, recommenders learn from all training rows. The reader (a small decoder) and the recommenders
 whose vectors route learn from those that the adapters will not see; the score beside a row comes from a model that did
-not learn from that row. Every arm then tunes its adapters on the same sample, with the same prompts, the same scores and
-the same starting point: the weighed recommender and unadapted model, which is the arm `unadapted`. Figures are of test
-rows, or with `--validation` of every other validation row, by which settings are chosen; the rest of these stops
+not learn from that row. Every arm then tunes its adapters on the same sample, with the same prompts, the same scores
+and the same starting point: the weighed recommender and unadapted model, which is the arm `unadapted`. Figures are of
+test rows, or with `--validation` of every other validation row, by which settings are chosen; the rest of these stops
 training and weighs the stack.
 
 - AUC, log loss: mean over seeds, with the spread. `vs single`, `vs stack`: AUC minus that of the single LoRA of equal
@@ -35,7 +35,7 @@ from lora.errors import LetheError
 from lora.targets import find_sites
 from strategies.personal.asking import Asking
 from strategies.personal.config import PersonalConfig
-from strategies.personal.fitting import cross_fitted, few
+from strategies.personal.fitting import cross_fitted, without_sample
 from strategies.personal.personalized import Personalized
 from strategies.personal.recommenders.boosted import Boosted
 from strategies.personal.recommenders.din import Din
@@ -106,7 +106,7 @@ class World:
                 fitted[name] = make()
                 fitted[name].fit(log, split, seed=seed)
                 print(f"{split.name}, seed {seed}: {name} fitted, CPU {time.process_time():.0f} s", flush=True)
-        rest = unread(split, chosen.sample, seed)
+        rest = without_sample(split, chosen.sample, seed=seed)
         routers = {name: ROUTERS[name]() for name in chosen.routers}
         for router in routers.values():
             router.fit(log, rest, seed=seed)
@@ -116,14 +116,6 @@ class World:
         base = base_of(chosen.base, log, rest, seed)
         print(f"{split.name}, seed {seed}: base ready, CPU {time.process_time():.0f} s", flush=True)
         return cls(log, split, tuple(fitted.values()), tuple(routers.values()), scorer, scores, base, seed)  # type: ignore[arg-type]
-
-
-def unread(split: Split, sample: int, seed: int) -> Split:
-    """Leave the rows that adapters will learn from out of what the reader learns.
-
-    It would know their answers, and what is left to learn of rows whose answers are known is nothing that helps others.
-    """
-    return replace(split, train=np.setdiff1d(split.train, few(split.train, sample, seed=seed)))
 
 
 def base_of(name: str, log: Interactions, split: Split, seed: int) -> BaseModel:

@@ -15,7 +15,7 @@ from peft import PeftModel
 from lora.errors import FrameMismatch, ModelError
 from strategies.personal.asking import Asking
 from strategies.personal.files import load_personalized, save_personalized
-from strategies.personal.fitting import cross_fitted, few, learning_curve
+from strategies.personal.fitting import cross_fitted, few, learning_curve, without_sample
 from strategies.personal.personalized import shared_run
 from strategies.personal.recommenders.factors import FactorSettings, FoldedFactors
 from strategies.personal.recommenders.stack import Stack
@@ -246,6 +246,12 @@ def test_a_larger_sample_holds_the_smaller_ones(world: Any) -> None:
     small, large = (few(world.split.train, count, seed=4) for count in (20, 50))
     assert len(small) == 20 and set(small) <= set(large) <= set(world.split.train)
     assert np.array_equal(few(world.split.train, 10**6, seed=4), world.split.train)
+
+
+def test_what_is_fitted_beside_the_sample_has_not_seen_it(world: Any) -> None:
+    rest = without_sample(world.split, 50, seed=4)
+    assert sorted([*rest.train, *few(world.split.train, 50, seed=4)]) == [*world.split.train]
+    assert rest.test is world.split.test and rest.validation is world.split.validation
 
 
 def test_the_learning_curve_has_a_point_a_size(world: Any) -> None:
