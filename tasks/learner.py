@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from lora.codec import Entry, Layout, Part
 from lora.config import AdapterConfig
 from lora.errors import ModelError
-from lora.gradients import GradientSink
+from lora.gradients import ExampleGradients, GradientSink
 from lora.model import AdaptedModel
 from tasks.config import ModelConfig, TaskConfig
 from tasks.device import Room, free_bytes
@@ -168,6 +168,18 @@ class Learner:
             elif part == "head":
                 view.copy_(own[part, name])
         return flat
+
+    def example_gradients(self, parts: Collection[Part]) -> ExampleGradients:
+        """Return an empty sink that keeps every example's gradient of some parts apart."""
+        return ExampleGradients(self.layout, parts)
+
+    def peft_blocks(self, values: Tensor) -> Blocks:
+        """Return the factors that leave as a PEFT directory."""
+        return self.layout.views(values)
+
+    def files(self, values: Tensor) -> dict[str, bytes]:
+        """Return the files that leave beside them, by name."""
+        return {}
 
     def answers(self, values: Tensor, batch: Batch, *, sink: GradientSink | None = None) -> Answers:
         """Answer a batch with one vector `[size]`, or with one for each group of rows, `[groups, size]`.

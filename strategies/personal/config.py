@@ -13,6 +13,22 @@ GateKind = Literal["router", "uniform", "random"]
 BaseScore = Literal["offset", "prompt", "none"]
 
 
+class HistoriesConfig(Section):
+    """`histories:`, interactions that stay at the clients of a federation, each of which holds whole users."""
+
+    split: Literal["per-user", "global-time"] = "per-user"
+    """Which end of time is kept for validation and testing."""
+    per_user: int | None = Field(None, ge=1)
+    """Training questions of a user at most, drawn once. Privacy is per question: with 1 it is per user, with k a user
+    is protected as a group of k. null: all."""
+    width: int = Field(32, ge=4, le=4096)
+    """Numbers of a text's vector, of which the router reads two means."""
+    text_seed: int = Field(0, ge=0)
+    """Seed of the words' vectors; equal on every client by construction."""
+    checks: int = Field(4096, ge=2)
+    """Validation and test questions that the server's own scores use, each."""
+
+
 class PersonalConfig(Section):
     """`personal:`, how meta-LoRAs are mixed for every user, and how they are trained.
 
