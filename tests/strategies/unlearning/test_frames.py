@@ -41,6 +41,7 @@ def test_all_blocks_are_orthonormal_and_apart(rank: int, seed: int, beside: bool
         assert overlaps([users.matrices, *drawn])[0].max() < 1e-5
 
 
+@settings(max_examples=15)
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=6, unique=True))
 def test_a_block_does_not_depend_on_what_was_asked_before(order: list[int]) -> None:
     one, other = (OrthogonalFrames(SITES, rank=4, seed=7) for _ in range(2))
@@ -84,9 +85,7 @@ def test_requests_share_blocks_only_when_all_are_used(used: list[int]) -> None:
 
 def test_a_full_frame_can_be_refused_with_what_to_do() -> None:
     assert next_block([0, 2], blocks=3, when_full="refuse") == 1
-    with pytest.raises(
-        ModelError, match=r"all 3 .* blocks .* 4 requests; lower unlearning\.rank.*when_full=share"
-    ):
+    with pytest.raises(ModelError, match=r"all 3 .* blocks .* 4 requests; lower unlearning\.rank.*when_full=share"):
         next_block([0, 1, 2, 0], blocks=3, when_full="refuse")
 
 
