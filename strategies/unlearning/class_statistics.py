@@ -67,7 +67,8 @@ def class_statistics(
     **Guarantee** (with noise): counts, sums and the second moment, from which everything kept is computed, are the
     output of one Gaussian mechanism with the given noise multiplier for adding or removing one example, whose
     sensitivity is sqrt(3) (one count, one unit vector, one outer product of a unit vector with itself). Labels must be
-    given, since clusters are not noised. What a detector adds (a scale, thresholds) is not covered.
+    given, since clusters are not noised. Not covered, and so public: how many rows there are, which classes have enough
+    of them, and what a detector adds (scales and thresholds).
     """
     if len(features) < shape.least:
         raise DataError(

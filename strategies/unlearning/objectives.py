@@ -1,12 +1,17 @@
-"""What a model is to say instead of what it is to forget: random labels or refusals."""
+"""What a model is to say instead of what it is to forget: random labels, refusals, or its own next best label."""
 
 import random
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
+from torch import Tensor
+
 from lora.errors import DataError
+from strategies.unlearning.request import Request
 from tasks.examples import Examples
+from tasks.learner import Classification, Learner
 
 REFUSALS = (
     "I am not able to help with that.",
@@ -66,3 +71,53 @@ class Refusals:
             raise DataError("a refusal answers a prompt, and these rows have none; set data.prompt")
         texts = tuple(source.choice(self.sentences) for _ in examples.texts)
         return Examples(texts, examples.labels, examples.prompts, examples.owners)
+
+
+@dataclass(frozen=True)
+class RunnerUp:
+    """The label that the model itself would give if it did not know those to be forgotten (ours).
+
+    A slot that learns it moves a row to its nearest other class, as a model that never saw the forgotten classes would,
+    and so does little harm to a row of another class that passes the gate by mistake; random labels make it wrong.
+    """
+
+    labels: tuple[int, ...]
+
+    def __call__(self, examples: Examples, source: random.Random) -> Examples:
+        """Return the rows with the next best labels; nothing is drawn."""
+        return Examples(examples.texts, self.labels, examples.prompts, examples.owners)
+
+
+@torch.no_grad()
+def runner_up(
+    learner: Learner, request: Request, *, model: Tensor, avoid: Collection[int], size: int = 128
+) -> RunnerUp:
+    """Ask the model `[learner.layout.size]` for the best label outside `avoid` of every used row of a request.
+
+    Held-back rows keep their labels: nothing is trained on them. Only the request's rows are read. Raises DataError for
+    a task without classes and where no class is left.
+    """
+    task, labels = learner.task, list(request.examples.labels or ())
+    if not isinstance(task, Classification) or not labels:
+        raise DataError("the next best label is for classification with labels; use refusals for a language model")
+    if len(set(avoid)) >= len(task.head.bias):
+        raise DataError(f"all {len(task.head.bias)} labels are to be forgotten, so none is left to answer with")
+    request.audit.declare("model", [model, task.head.weight, task.head.bias, *learner.base.model.parameters()])
+    request.audit.declare("model", [*learner.base.model.buffers(), *learner.adapted.frame.matrices.values()])
+    with request.audit.watching():
+        blocks = dict(learner.layout.views(model.to(learner.device)))
+        blocks.setdefault(("head", "weight"), task.head.weight)
+        bias = blocks.get(("head", "bias"), task.head.bias).clone()
+        for label in set(avoid):
+            bias[label] = -torch.inf
+        blocks["head", "bias"] = bias
+        tokens = request.tokens(task)
+        for start in range(0, len(request.used), size):
+            rows = request.used[start : start + size]
+            batch = request.batch(tokens, rows, pad=learner.pad).to(learner.device)
+            with learner.adapted.bound(blocks) as base:
+                guess = task.answer(base, batch, blocks, None).guess
+            for row, label in zip(rows, [] if guess is None else guess.tolist(), strict=True):
+                labels[int(row)] = label
+    request.audit.check()
+    return RunnerUp(tuple(labels))

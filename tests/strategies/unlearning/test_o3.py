@@ -16,7 +16,7 @@ from lora.overlay import Overlay
 from strategies.unlearning import o3
 from strategies.unlearning.frames import OrthogonalFrames, overlap_penalty, overlaps
 from strategies.unlearning.o3 import Slot, SlotSettings, slot_bank, unlearn
-from strategies.unlearning.objectives import RandomLabels, Refusals
+from strategies.unlearning.objectives import RandomLabels, Refusals, runner_up
 from strategies.unlearning.request import Request
 from tasks.examples import Examples
 from tasks.heads import pool
@@ -79,6 +79,40 @@ def test_a_slot_forgets_its_class_and_no_other_moves_when_it_is_not_mixed_in(
         assert torch.equal(a, start.part("A")[name])
     assert all(b.abs().max() > 0 for b in made.slot.part("B").values())
     assert made.steps == 6 * 3 and len(made.losses) == 6 and made.losses[-1] < made.losses[0]
+
+
+def test_the_next_best_label_spares_rows_that_pass_the_gate_by_mistake(
+    learner: Learner, rows: Callable[..., Examples]
+) -> None:
+    values = fit_head(learner, rows(0, 1, 2, 3))
+    request = Request(rows(3))
+    chosen = runner_up(learner, request, model=values, avoid=[3])
+    assert set(request.audit.rows) == set(request.used.tolist()) and request.audit.report()["foreign"] == 0
+    held = request.held_back.tolist()
+    assert all(chosen.labels[row] == 3 for row in held)
+    assert all(chosen.labels[row] in (0, 1, 2) for row in request.used)
+    single = next(batch for _, batch in learner.batches([(learner.task.tokenize(rows(3)), int(request.used[0]))]))
+    logits = learner.layout.views(values)
+    states = learner.adapted.base(input_ids=single.input_ids).last_hidden_state
+    answer = pool(states, single, "mean") @ logits["head", "weight"].T + logits["head", "bias"]
+    assert chosen.labels[int(request.used[0])] == int(answer[0, :3].argmax())
+    spared = unlearn(learner, request, chosen, model=values, slot=fresh(learner), settings=QUICK).slot
+    random_one = unlearn(
+        learner, Request(rows(3)), objective(3), model=values, slot=fresh(learner), settings=QUICK
+    ).slot
+    assert accuracy(learner, values, rows(3), [spared], [1.0]) < 0.2
+    others = [accuracy(learner, values, rows(0, 1, 2), [slot], [1.0]) for slot in (spared, random_one)]
+    assert others[0] > others[1]
+
+
+def test_the_next_best_label_needs_classes(
+    learner: Learner, make_learner: Callable[..., Learner], rows: Callable[..., Examples]
+) -> None:
+    with pytest.raises(DataError, match="all 4 labels"):
+        runner_up(learner, Request(rows(3)), model=learner.start(), avoid=range(4))
+    causal = make_learner("tiny-llama")
+    with pytest.raises(DataError, match="use refusals"):
+        runner_up(causal, Request(rows(3)), model=causal.start(), avoid=[3])
 
 
 def test_training_sees_the_model_that_the_overlay_answers_with(
