@@ -2,7 +2,7 @@
 
     python -m benchmarks.reclora [--data FOLDER_OR_CSV] [--seeds 5] [--splits per-user] [--sample 16384]
         [--arms reclora-product-shared-user single-lora-equal-parameters ...] [--base reader|DIRECTORY|minilm]
-        [--validation] [--set rate=0.003 temperature=0.1 ...]
+        [--validation] [--set rate=0.003 temperature=0.1 ...] [--own ARM:rate=0.0003 ...]
 
 For every seed and split, recommenders learn from all training rows. The reader (a small decoder) and the recommenders
 whose vectors route learn from those that the adapters will not see; the score beside a row comes from a model that did
@@ -10,6 +10,8 @@ not learn from that row. Every arm then tunes its adapters on the same sample, w
 and the same starting point: the weighed recommender and unadapted model, which is the arm `unadapted`. Figures are of
 test rows, or with `--validation` of every other validation row, by which settings are chosen; the rest of these stops
 training and weighs the stack.
+
+Arms of different size want rates of their own: `--own`, chosen for each on validation rows.
 
 - AUC, log loss: mean over seeds, with the spread. `vs single`, `vs stack`: AUC minus that of the single LoRA of equal
   parameters, and of stack + arm minus the stack alone, seed 0, whole users redrawn, 95 %.
@@ -34,7 +36,7 @@ from lora.errors import LetheError
 from strategies.personal.comparison import Found, note
 from strategies.personal.config import ComparisonConfig, PersonalConfig, RouterName
 from strategies.personal.recommenders.stack import Stack
-from strategies.personal.variants import VARIANTS
+from strategies.personal.variants import VARIANTS, variant
 from strategies.personal.world import RECOMMENDERS, World, base_of
 from tasks.recommendation.config import RatingsConfig, ReadingModelConfig
 from tasks.recommendation.files import load_interactions
@@ -65,7 +67,7 @@ def world_of(log: Interactions, split: Split, chosen: argparse.Namespace, seed: 
 
 
 def measured(world: World, names: Sequence[str], config: PersonalConfig, adapter: AdapterConfig,
-             found: dict[str, Found]) -> None:  # fmt: skip
+             found: dict[str, Found], *, changes: Mapping[str, Mapping[str, str]]) -> None:  # fmt: skip
     """Fit every arm and ask about the test rows."""
     log, split = world.log, world.split
     queries, labels = log.queries(split.test), log.likes[split.test]
@@ -78,7 +80,7 @@ def measured(world: World, names: Sequence[str], config: PersonalConfig, adapter
     note(found, "recommender", labels, world.scorer.logits(log, queries))
     for name in names:
         begun = time.process_time()
-        arm = world.fitted(name, config, adapter)
+        arm = world.fitted(name, PersonalConfig(**{**config.model_dump(), **changes.get(name, {})}), adapter)
         each = note(found, name, labels, arm.logits(log, queries))
         together = Stack([*members, arm], fitted=True)
         together.fit(log, split, seed=world.seed)
@@ -139,7 +141,20 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--targets", default="all")
     parser.add_argument("--validation", action="store_true", help="figures of validation rows, to choose settings")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of `personal:`")
+    parser.add_argument("--own", nargs="*", default=[], metavar="ARM:KEY=VALUE", help="settings of one arm")
     return parser.parse_args(arguments)
+
+
+def changes_of(entries: Sequence[str], config: PersonalConfig) -> dict[str, dict[str, str]]:
+    """Read `--own`. Raises ConfigError for an unknown arm, ValueError for an unknown setting."""
+    found: dict[str, dict[str, str]] = {}
+    for entry in entries:
+        name, _, setting = entry.partition(":")
+        key, _, value = setting.partition("=")
+        variant(name)
+        found.setdefault(name, {})[key] = value
+        PersonalConfig(**{**config.model_dump(), **found[name]})
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -150,6 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         log = load_interactions(RatingsConfig(path=chosen.data))
         own = dict(entry.split("=", 1) for entry in chosen.set)
         config = PersonalConfig(**{"sample": chosen.sample, **own})
+        changes = changes_of(chosen.own, config)
     except (LetheError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
     adapter = AdapterConfig(rank=chosen.rank, alpha=2.0 * chosen.rank, targets=chosen.targets)
@@ -159,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         split = halved(SPLITS[name](log)) if chosen.validation else SPLITS[name](log)
         found: dict[str, Found] = {}
         for seed in range(chosen.seeds):
-            measured(world_of(log, split, chosen, seed), chosen.arms, config, adapter, found)
+            measured(world_of(log, split, chosen, seed), chosen.arms, config, adapter, found, changes=changes)
         lines += table(log, split, found)[bool(lines) :]
         for arm, each in found.items():
             key = f"{name}_{arm}".replace("-", "_")
@@ -167,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     about = {"seeds": chosen.seeds, "data": "built-in" if chosen.data is None else "given", "rank": chosen.rank}
     about |= {"base": chosen.base if chosen.base in ("reader", "minilm") else Path(chosen.base).name}
     about |= {"scorer": chosen.scorer, "routers": chosen.routers, "folds": chosen.folds, "targets": chosen.targets}
-    about |= {"validation": chosen.validation, **config.model_dump()}
+    about |= {"validation": chosen.validation, "own": chosen.own, **config.model_dump()}
     publish("reclora", figures=figures, rows=lines, about=settings(**about))
 
 

@@ -62,14 +62,14 @@ class PersonalConfig(Section):
     """Tokens of a prompt; a longer one loses its oldest events."""
     sample: int = Field(16_384, ge=1)
     """Training rows that the adapters see, drawn once at random (Few2Many); all where there are fewer."""
-    epochs: int = Field(4, ge=0, le=1000)
+    epochs: int = Field(1, ge=0, le=1000)
     """Passes over the sample; 0 only weighs the recommender and the unadapted model."""
     batch: int = Field(64, ge=1, le=65_536)
     """Prompts of a step."""
-    rate: float = Field(1e-3, gt=0)
+    rate: float = Field(4e-3, gt=0)
     """Learning rate of meta-LoRAs and head at the start; falls to zero in a straight line (AdamW)."""
-    gate_rate: float = Field(3e-3, gt=0)
-    """The same of the routers: they must tell users apart before the meta-LoRAs grow alike."""
+    gate_rate: float = Field(2e-3, gt=0)
+    """The same of the routers."""
     decay: float = Field(0.0, ge=0)
     """Weight decay of everything that trains."""
     checks: int = Field(4096, ge=2)
