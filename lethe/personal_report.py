@@ -8,6 +8,7 @@ from typing import Any
 from lethe import plots
 from lethe.page import document, duration, grid, header, settings_of, table, tile_list
 from lethe.plots import Series, percent, plain
+from lethe.progress import UNTRAINED
 from lethe.record import RunRecord
 from lethe.row_plots import intervals, row_bars
 
@@ -52,7 +53,11 @@ def _tiles(summary: Mapping[str, Any]) -> str:
     if not summary:
         return ""
     tiles = [
-        ("AUC, RecLoRA", _figure(summary, "auc_reclora"), f"single LoRA {_figure(summary, 'auc_single_lora')}"),
+        (
+            "AUC, RecLoRA",
+            _figure(summary, "auc_reclora"),
+            UNTRAINED if summary["untrained"] else f"single LoRA {_figure(summary, 'auc_single_lora')}",
+        ),
         (
             "AUC, stack with RecLoRA",
             _figure(summary, "auc_stack_with_reclora"),

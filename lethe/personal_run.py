@@ -185,6 +185,7 @@ class _Playing:
             "gate_information": _mean([gate.information for gate in gates]),
             "gate_cosine": _mean([gate.cosine for gate in gates]),
             "gate_collapsed": any(gate.collapsed for gate in gates),
+            "untrained": not any(found[RECLORA].figures["kept_epoch"]),
             "gate_usage": [_mean(list(each)) for each in zip(*(gate.usage for gate in gates), strict=True)],
             "differences": differences,
             "arms": [{"name": name, **_row(each)} for name, each in found.items()],

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from lethe.plots import Canvas, Format, figure, ticks
 
-_LETTERS = 44
-_LEFT, _FOOT, _HEAD = 300, 36, 12
+_LETTERS = 48
+_LEFT, _FOOT, _HEAD = 330, 36, 12
 """Room for names, for the axis (as Canvas has it), and above the first row."""
 
 Row = tuple[str, float, float, float]

@@ -15,6 +15,7 @@ from sklearn.metrics import roc_auc_score
 from transformers import AutoModelForCausalLM
 
 from lethe.cli import main
+from lethe.progress import UNTRAINED, personal_lines
 from lethe.report import write_report
 from strategies.personal.comparison import Comparison
 from tests.ratings import LITTLE, write_ratings
@@ -99,6 +100,16 @@ def test_the_metrics_hold_every_part_and_the_terminal_says_it(played: Played) ->
     for name in ("adapter", "report", "metrics"):
         assert re.search(rf"^{name} +runs/little/{name}", played.out, flags=re.M)
     assert played.lines[0]["kind"] == "start" and played.lines[-1]["kind"] == "end"
+
+
+def test_adapters_that_stay_at_their_start_are_said_to(played: Played) -> None:
+    starts = [np.argmin(line["curve"]) == 0 for line in played.lines if line.get("name") == "reclora"]
+    assert played.summary["untrained"] == all(starts)
+    assert (UNTRAINED in played.out) == all(starts)
+    lines = personal_lines(played.summary | {"untrained": True})
+    assert lines[-1] == f"kept     {UNTRAINED}" and len(lines) == 1 + len(
+        personal_lines(played.summary | {"untrained": False})
+    )
 
 
 def test_the_planned_parts_are_those_that_are_played(played: Played) -> None:
