@@ -1,6 +1,8 @@
 """A little MovieLens folder, and the overrides that make a personal run small."""
 
 import csv
+import gzip
+import shutil
 from pathlib import Path
 
 from tasks.recommendation.builtin import builtin_interactions
@@ -40,4 +42,16 @@ def write_ratings(folder: Path) -> Path:
         writer.writerow(["movieId", "title", "genres"])
         titles = zip(log.catalogue.titles, log.catalogue.tags, strict=True)
         writer.writerows([item + 1, title, "|".join(tags)] for item, (title, tags) in enumerate(titles))
+    return folder
+
+
+def first_users(source: Path, folder: Path, *, count: int) -> Path:
+    """Copy what the first users rated from a MovieLens folder (`ratings.csv.gz`, sorted by user, and `movies.csv.gz`)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with gzip.open(source / "ratings.csv.gz", "rt", newline="") as whole, (folder / "ratings.csv").open("w") as part:
+        for number, line in enumerate(whole):
+            if number and int(line.split(",", 1)[0]) > count:
+                break
+            part.write(line)
+    shutil.copy(source / "movies.csv.gz", folder)
     return folder
