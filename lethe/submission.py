@@ -298,7 +298,8 @@ def _died(end: RunStatus) -> bool:
 
 def _failure(name: str, end: RunStatus, attempt: int) -> DeploymentError:
     again = f" after being submitted {attempt + 1} times" if attempt else ""
-    details = end.details or "no reason given"
+    stopped = "it was stopped; submitted under the same name it goes on from its last checkpoint"
+    details = end.details or (stopped if end.status == "finished:stopped" else "no reason given")
     return DeploymentError(f"run {name} ended as {end.status}{again}: {details}; `lethe deploy logs {name}` shows all")
 
 

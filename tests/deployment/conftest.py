@@ -180,11 +180,14 @@ class Fleet:
         return [process for process in processes(str(self.home)) if words in command_of(process)]
 
     def until(self, done: Callable[[], object], *, seconds: float) -> None:
-        """Wait for something; show all logs when it does not come."""
+        """Wait for something; show all logs when it does not come. Looks that take long are made less often."""
         end = time.monotonic() + seconds
-        while not done():
+        while True:
+            begun = time.monotonic()
+            if done():
+                return
             assert time.monotonic() < end, self.logs()
-            time.sleep(0.5)
+            time.sleep(max(0.5, 2 * (time.monotonic() - begun)))
 
     def logs(self) -> str:
         return "\n".join(f"== {p.name}\n{p.read_text(errors='replace')[-3000:]}" for p in self.home.glob("*.log"))

@@ -128,6 +128,12 @@ def test_what_failed_by_itself_is_not_tried_again(site: Site, end: tuple[str, st
     assert len(link.given) == 1
 
 
+def test_a_stopped_run_tells_how_to_go_on(site: Site) -> None:
+    sent, _, _ = submitted(site, small("name=first"), ("finished:stopped", ""))
+    with pytest.raises(DeploymentError, match="it was stopped; submitted under the same name it goes on"):
+        sent.send()
+
+
 def test_a_silent_superlink_is_waited_for(site: Site) -> None:
     sent, link, said = submitted(site, small("name=first"), GOOD)
     link.silences = 3
