@@ -120,6 +120,7 @@ class Personalized:
 
     def logits(self, log: Interactions, queries: Queries, *, routed_as: Queries | None = None) -> Floats:
         """Return the log odds of a like, `[queries]`; `routed_as` takes the mixture of other queries' users only."""
+        self.parts  # noqa: B018 (an unfitted one says so, not its representation)
         group = shared_run(queries if routed_as is None else routed_as) if self._by_user else 1
         vectors = self._vectors(log, routed_as or queries, every=group)
         return self.answered(self.asking(log, queries), lambda found: self.mixed(vectors[found]), group=group)

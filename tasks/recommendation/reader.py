@@ -126,11 +126,11 @@ class _Training:
     def run(self) -> None:
         """Learn, and keep the weights that answer validation questions best."""
         model = self.base.model
-        steps = self.settings.epochs * (1 + len(self.rows) // ((1 + self.settings.history) * self.settings.batch))
+        steps = sum(-(-len(self._texts(epoch)) // self.settings.batch) for epoch in range(self.settings.epochs))
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=self.settings.rate, weight_decay=self.settings.decay, betas=(0.9, 0.98)
         )
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.settings.rate, total_steps=2 * steps + 10)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.settings.rate, total_steps=max(2, steps + 1))
         best, kept = float("inf"), {name: value.clone() for name, value in model.state_dict().items()}
         for epoch in range(self.settings.epochs):
             model.train()
@@ -148,9 +148,12 @@ class _Training:
         model.load_state_dict(kept)
         model.eval()
 
-    def _batches(self, epoch: int) -> Iterator[Batch]:
+    def _texts(self, epoch: int) -> list[str]:
         lines = 1 + self.settings.history
-        texts = [*documents(self.log, self.rows, lines=lines, phase=epoch, known=self.lines)]
+        return [*documents(self.log, self.rows, lines=lines, phase=epoch, known=self.lines)]
+
+    def _batches(self, epoch: int) -> Iterator[Batch]:
+        texts = self._texts(epoch)
         tokens = tokenized(texts, self.base.tokenizer, max_length=self.settings.positions)
         order = torch.randperm(len(texts)).numpy()
         for begin in range(0, len(order), self.settings.batch):

@@ -1,7 +1,6 @@
 """A small world with a fitted recommender and an untrained reader, made once."""
 
 import copy
-
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,9 +40,7 @@ class SmallWorld:
         if config.gate == "random":
             representation = Drawn(width=7 * config.meta_loras)
         asking = Asking(base, scorer=self.mf, base_score=config.base_score, history=config.history)
-        return Personalized(
-            base, AdapterConfig(rank=2, alpha=3), config, asking=asking, representation=representation
-        )
+        return Personalized(base, AdapterConfig(rank=2, alpha=3), config, asking=asking, representation=representation)
 
     def tried(self, **changes: Any) -> Personalized:
         """An arm whose parts were set at random after a short fit: it answers differently for every user."""
@@ -62,5 +59,3 @@ def world() -> SmallWorld:
     mf = FoldedFactors(FactorSettings(factors=4, lengths=(10, 20), ridges=(1.0,), epochs=10))
     mf.fit(log, split, seed=0)
     return SmallWorld(log, split, mf, new_reader(log, READER))
-
-

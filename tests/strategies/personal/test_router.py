@@ -19,7 +19,8 @@ def plain(router: Router, site: int) -> nn.Sequential:
     """The gate of one matrix as the released code writes it."""
     inputs, width = router.first.shape[1:]
     twin = nn.Sequential(
-        nn.LayerNorm(inputs), nn.Linear(inputs, width), nn.ReLU(), nn.Dropout(0.1), nn.Linear(width, router.second.shape[2])
+        nn.LayerNorm(inputs), nn.Linear(inputs, width), nn.ReLU(), nn.Dropout(0.1),
+        nn.Linear(width, router.second.shape[2]),
     )  # fmt: skip
     values = (router.scale[site, 0], router.shift[site, 0], router.first[site].T, router.first_bias[site, 0],
               router.second[site].T, router.second_bias[site, 0])  # fmt: skip
@@ -44,7 +45,7 @@ def test_the_router_is_one_small_network_per_matrix() -> None:
 def test_linear_layers_start_as_torchs_own() -> None:
     router = Router(sites=40, inputs=30, count=8)
     own = nn.Linear(30, 60)
-    assert router.first.std() == pytest.approx(float(own.weight.std()), rel=0.05)
+    assert float(router.first.detach().std()) == pytest.approx(float(own.weight.detach().std()), rel=0.05)
     assert router.first.abs().max() <= 30**-0.5 and not router.first_bias.any()
 
 

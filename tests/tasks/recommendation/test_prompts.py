@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from tasks.recommendation.builtin import builtin_interactions
-from tasks.recommendation.prompts import Phrasing, prompts
+from tasks.recommendation.prompts import Phrasing, events, prompts
 
 LOG = builtin_interactions(users=8, items=60, events=20, seed=0)
 
@@ -49,3 +49,22 @@ def test_a_new_viewer_is_asked_about_without_a_history() -> None:
     title = LOG.catalogue.titles[4]
     expected = f"Will the viewer like the book {title}? Answer Yes or No."
     assert lines == ["A viewer without earlier ratings.", expected, "Answer:"]
+
+
+def test_a_compact_prompt_is_the_users_own_lines_with_the_last_answer_left_out() -> None:
+    log = builtin_interactions(users=3, items=40, events=30)
+    row = int(log.starts[1] + 25)
+    end = int(log.befores[row])
+    queries = log.queries(np.array([row]))
+    (text,) = prompts(log, queries, queries.latest(2), phrasing=Phrasing(compact=True))
+    *lines, question = text.split("\n")
+    assert lines == events(log, np.arange(end - 2, end), phrasing=Phrasing(compact=True))
+    liked = int(log.likes[end - 20 : end].sum())
+    item = int(log.items[row])
+    assert question == f"{liked} {log.catalogue.titles[item]} {log.catalogue.tags[item][0]}:"
+    for line, past in zip(lines, range(end - 2, end), strict=True):
+        assert line.endswith(f": {'Yes' if log.likes[past] else 'No'} {round(2 * log.ratings[past])}")
+    early = log.queries(log.starts[1:2] + 1)
+    known = int(early.end[0] - early.first[0])
+    (told,) = prompts(log, early, early.latest(0), phrasing=Phrasing(compact=True), scores=np.zeros(1))
+    assert told.startswith(f"{int(log.likes[early.first[0] : early.end[0]].sum())}/{known} 50% ")
