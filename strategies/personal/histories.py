@@ -46,7 +46,7 @@ class Histories:
     """Users' events in order of time (of equal times, as they came), and every user's state.
 
     **Guarantee**: events are added all or none, after a kill at any instant; and when `erase` returns, the file holds
-    neither the name nor an event of who was erased.
+    neither the name nor an event of who was erased; after a kill meanwhile, when it is opened again.
 
     One process opens a directory at a time, which is for the owner to see to (`UserSlots` locks its directory).
     """
@@ -78,6 +78,7 @@ class Histories:
         if self.noted("kind") != kind:
             found = f"{self.directory} holds events of another catalogue or scale of ratings"
             raise RunError(f"{found}; use the one that it was made with, or another directory")
+        self._tidy()
 
     def __len__(self) -> int:
         return int(self._one("SELECT count(*) FROM people WHERE state != ?", State.LEAVING))
@@ -160,11 +161,22 @@ class Histories:
             self._file.execute("UPDATE people SET state = ? WHERE state = ?", (State.PENDING, State.SETTLED))
 
     def erase(self, users: Sequence[str]) -> None:
-        """Delete users and their events, and overwrite what they had."""
+        """Delete users and their events, and write the file anew without them: seconds for a million events, so forget
+        many at once."""
         own = [(user,) for user in users]
         with self._transaction():
             self._file.executemany("DELETE FROM events WHERE person = (SELECT person FROM people WHERE name = ?)", own)
             self._file.executemany("DELETE FROM people WHERE name = ?", own)
+            self.note("stale", "yes")
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Write the file anew after a removal. SQLite's secure_delete overwrites a deleted row where it stands, but not
+        the copies that stay in a page when its rows are moved to another one."""
+        if self.noted("stale") == "yes":
+            if self.directory is not None:
+                self._file.execute("VACUUM")
+            self.note("stale", "no")
 
     def note(self, key: str, value: str) -> None:
         """Keep a word about the whole."""

@@ -1,5 +1,6 @@
 """Users for life: nobody forgotten, nobody mixed with another, refused events without effect, and no trace left."""
 
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from lora.errors import DataError, ModelError, RunError
 from strategies.personal import lifelong
-from strategies.personal.events import Event, EventRefused
+from strategies.personal.events import Event, EventRefused, Row
 from strategies.personal.histories import Histories, State
 from strategies.personal.lifelong import LifelongUsers
 from strategies.personal.own_steps import OwnSteps
@@ -22,6 +23,7 @@ from strategies.personal.recommenders.boosted import Boosted
 from strategies.personal.recommenders.stack import Stack
 from strategies.personal.slot_optimizer import SlotSteps
 from strategies.personal.slots import UserSlots
+from tasks.recommendation.builtin import builtin_interactions
 from tasks.recommendation.interactions import Interactions
 
 OWN = OwnSteps(steps=SlotSteps(steps=2, optimizer="sgd", rate=0.5), recent=4)
@@ -295,6 +297,32 @@ def test_forgetting_leaves_no_trace(world: Any, personal: Personalized, tmp_path
     assert personal.asking._kept == [] or all(
         "quentin-the-forgotten" not in kept[0].user_names for kept in personal.asking._kept
     )
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["", "killed before the file is tidied"])
+def test_no_copy_of_an_event_stays_behind_moved_pages(tmp_path: Path, monkeypatch: Any, killed: bool) -> None:
+    """Many users in turn, so that pages are split and merged: SQLite leaves copies there that a delete passes by."""
+    rng, log = random.Random(0), builtin_interactions(users=1, items=20, events=5)
+    histories, times = Histories(log, kind="k", directory=tmp_path), dict[str, list[int]]()
+    moments = (2**44 + number * 2**33 + rng.getrandbits(32) for number in range(5000))
+    for _ in range(10):
+        rows = [Row(f"person-{rng.randrange(200):05}", rng.randrange(20), 3.5, next(moments)) for _ in range(500)]
+        histories.add(rows)
+        for row in rows:
+            times.setdefault(row.user, []).append(row.time)
+    gone = rng.sample(sorted(times), 60)
+    needles = [*(time.to_bytes(6, "big") for name in gone for time in times[name]), *(name.encode() for name in gone)]
+    assert all(traces(tmp_path, needle) for needle in needles[::50])
+    with monkeypatch.context() as patch:
+        if killed:
+            patch.setattr(Histories, "_tidy", lambda _: None)
+        histories.erase(gone)
+    histories.close()
+    kept = Histories(log, kind="k", directory=tmp_path)
+    assert traces(tmp_path, *needles) == []
+    assert len(kept) == len(times) - 60
+    assert len(kept.log(kept.names())) == sum(len(found) for name, found in times.items() if name not in gone)
+    kept.close()
 
 
 def test_forgetting_moves_nobody_else_and_lets_one_come_back(world: Any, personal: Personalized) -> None:
