@@ -1,14 +1,15 @@
 """RecLoRA beside what it has to beat: one table for all arms on likes.
 
-    python -m benchmarks.reclora [--data FOLDER_OR_CSV] [--seeds 5] [--splits per-user] [--sample 8192]
+    python -m benchmarks.reclora [--data FOLDER_OR_CSV] [--seeds 5] [--splits per-user] [--sample 16384]
         [--arms reclora-product-shared-user single-lora-equal-parameters ...] [--base reader|DIRECTORY|minilm]
         [--validation] [--set rate=0.003 temperature=0.1 ...]
 
-For every seed and split: recommenders learn from all training rows, the reader (a small decoder) learns the training
-rows' texts, and every arm tunes its adapters on the same sample with the same prompts, the same recommender's score
-and the same starting point (the weighed recommender and the unadapted model, which is the arm `unadapted`). Figures are
-of test rows, or of the second half of the validation rows with `--validation`, by which settings are chosen (the first
-half stops training and weighs the stack).
+For every seed and split, recommenders learn from all training rows. The reader (a small decoder) and the recommenders
+whose vectors route learn from those that the adapters will not see; the score beside a row comes from a model that did
+not learn from that row. Every arm then tunes its adapters on the same sample, with the same prompts, the same scores
+and the same starting point: the weighed recommender and unadapted model, which is the arm `unadapted`. Figures are of
+test rows, or with `--validation` of every other validation row, by which settings are chosen; the rest of these stops
+training and weighs the stack.
 
 - AUC, log loss: mean over seeds, with the spread. `vs single`, `vs stack`: AUC minus that of the single LoRA of equal
   parameters, and of stack + arm minus the stack alone, seed 0, whole users redrawn, 95 %.
@@ -34,7 +35,7 @@ from lora.errors import LetheError
 from lora.targets import find_sites
 from strategies.personal.asking import Asking
 from strategies.personal.config import PersonalConfig
-from strategies.personal.fitting import cross_fitted
+from strategies.personal.fitting import cross_fitted, without_sample
 from strategies.personal.personalized import Personalized
 from strategies.personal.recommenders.boosted import Boosted
 from strategies.personal.recommenders.din import Din
@@ -55,7 +56,7 @@ from tasks.recommendation.splits import SPLITS, Split
 
 SINGLE = "single-lora-equal-parameters"
 DEFAULT = ("reclora-product-shared-user", "reclora-product-own-user", "reclora-factor-own-pair", SINGLE,
-           "single-lora-equal-rank", "uniform-gate", "random-gate")  # fmt: skip
+           "single-lora-equal-rank", "uniform-gate", "random-gate", "unadapted")  # fmt: skip
 ROUTERS: dict[str, Callable[[], Recommender]] = {"MF": FoldedFactors, "DIN": Din, "SASRec": Sasrec}
 HEADING = ("split", "arm", "AUC", "log loss", "vs single", "stacked", "vs stack", "swapped gate", "swapped",
            "entropy", "information", "cosine", "numbers", "CPU s")  # fmt: skip
@@ -105,13 +106,16 @@ class World:
                 fitted[name] = make()
                 fitted[name].fit(log, split, seed=seed)
                 print(f"{split.name}, seed {seed}: {name} fitted, CPU {time.process_time():.0f} s", flush=True)
-        routers = tuple(fitted[name] for name in chosen.routers)
+        rest = without_sample(split, chosen.sample, seed=seed)
+        routers = {name: ROUTERS[name]() for name in chosen.routers}
+        for router in routers.values():
+            router.fit(log, rest, seed=seed)
         scorer = fitted[chosen.scorer]
         make = {**ROUTERS, "boosted": Boosted}[chosen.scorer]
         scores = cross_fitted(make, log, split, folds=chosen.folds, seed=seed)
-        base = base_of(chosen.base, log, split, seed)
+        base = base_of(chosen.base, log, rest, seed)
         print(f"{split.name}, seed {seed}: base ready, CPU {time.process_time():.0f} s", flush=True)
-        return cls(log, split, tuple(fitted.values()), routers, scorer, scores, base, seed)  # type: ignore[arg-type]
+        return cls(log, split, tuple(fitted.values()), tuple(routers.values()), scorer, scores, base, seed)  # type: ignore[arg-type]
 
 
 def base_of(name: str, log: Interactions, split: Split, seed: int) -> BaseModel:
@@ -218,7 +222,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--splits", nargs="+", choices=sorted(SPLITS), default=["per-user"])
     parser.add_argument("--arms", nargs="+", choices=sorted(VARIANTS), default=list(DEFAULT))
-    parser.add_argument("--sample", type=int, default=8192)
+    parser.add_argument("--sample", type=int, default=16384)
     parser.add_argument("--base", default="reader", help="reader, minilm, or a directory with a decoder")
     parser.add_argument("--scorer", default="MF", choices=[*ROUTERS, "boosted"])
     parser.add_argument("--routers", nargs="+", default=["MF", "DIN"], choices=list(ROUTERS))

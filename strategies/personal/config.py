@@ -44,10 +44,10 @@ class PersonalConfig(Section):
     """Events told in a prompt."""
     max_length: int = Field(256, ge=8, le=100_000)
     """Tokens of a prompt; a longer one loses its oldest events."""
-    sample: int = Field(8192, ge=1)
+    sample: int = Field(16_384, ge=1)
     """Training rows that the adapters see, drawn once at random (Few2Many); all where there are fewer."""
-    epochs: int = Field(4, ge=1, le=1000)
-    """Passes over the sample."""
+    epochs: int = Field(4, ge=0, le=1000)
+    """Passes over the sample; 0 only weighs the recommender and the unadapted model."""
     batch: int = Field(64, ge=1, le=65_536)
     """Prompts of a step."""
     rate: float = Field(1e-3, gt=0)

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,6 +26,15 @@ def few(rows: Ints, count: int, *, seed: int) -> Ints:
     """Draw `count` rows uniformly, or all where there are fewer; a larger draw holds the smaller ones."""
     drawn = np.random.default_rng(seed).permutation(len(rows))[:count]
     return np.sort(rows[drawn])
+
+
+def without_sample(split: Split, count: int, *, seed: int) -> Split:
+    """Leave the rows that adapters will learn from (`few`, with the same seed) out of the training rows.
+
+    What is fitted on the rest, such as a reader or recommenders whose vectors have seen the target, does not know the
+    sample's answers; adapters that learned beside one that does would learn to repeat it.
+    """
+    return replace(split, train=np.setdiff1d(split.train, few(split.train, count, seed=seed)))
 
 
 def cross_fitted(

@@ -1,6 +1,7 @@
 """Losses of labelled prompts, one number a row: what trains a user's slot."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,27 +31,28 @@ class AnswerToken:
 
     def logits(self, base: nn.Module, batch: Batch) -> Tensor:
         """Return the logits `[rows, choices or vocabulary]` of the token after every prompt, float32."""
-        vocabulary = _vocabulary(base)
-        states = base.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state  # type: ignore[operator]
+        vocabulary, body = _parts(base)
+        states = body(input_ids=batch.input_ids, use_cache=False).last_hidden_state
         # Padding stands on the right, where causal attention never looks back at it. One row, one position: the
         # layer before a head that is adapted too must still see rows.
         last = states[torch.arange(len(batch), device=states.device), batch.last.to(states.device)].unsqueeze(1)
         if self.choices is None or type(vocabulary) is not nn.Linear:
-            whole = vocabulary(last).squeeze(1).float()
+            whole: Tensor = vocabulary(last).squeeze(1).float()
             return whole if self.choices is None else whole[:, self.choices.to(whole.device)]
         places = self.choices.to(last.device)
         bias = None if vocabulary.bias is None else vocabulary.bias[places]
         return F.linear(last.squeeze(1), vocabulary.weight[places], bias).float()
 
 
-def _vocabulary(base: nn.Module) -> nn.Module:
+def _parts(base: Any) -> tuple[nn.Module, nn.Module]:
+    """Return the layer that predicts tokens, and the model below it."""
     found = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     if not isinstance(found, nn.Module):
         raise ModelError(
             f"{type(base).__name__} predicts no tokens, so an answer token cannot be scored; load a causal language "
             "model, or score a head (task_loss)"
         )
-    return found
+    return found, base.base_model
 
 
 def task_loss(task: Task) -> RowLoss:

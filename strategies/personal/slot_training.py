@@ -4,7 +4,7 @@ A is frozen and shared, so a batch may hold the rows of any number of users; wha
 on who else is in the batch, up to the rounding of differently shaped products.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +21,7 @@ from tasks.device import CPU_TOKENS
 from tasks.learner import GPU_OVERHEAD_FLOP, OVERHEAD_FLOP
 from tasks.parallel import even_budget, spread, workers
 
+FACTOR: tuple[Part, ...] = ("B",)
 GROUP_FLOP = 4e6
 """What one more group of rows costs in a pass, in floating-point operations that could have been done meanwhile."""
 UNIT = 4
@@ -49,7 +50,7 @@ class _Gradients:
     total: Tensor
     owners: Tensor
     every: bool
-    parts: tuple[Part, ...] = ("B",)
+    parts: Collection[Part] = field(default=FACTOR, init=False)
     by_row: bool = field(default=False, init=False)
 
     def take(self, part: Part, name: str, gradient: Tensor) -> None:

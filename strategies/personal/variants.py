@@ -38,6 +38,7 @@ VARIANTS: Mapping[str, Variant] = {
     },
     "single-lora-equal-rank": Variant(_ONE),
     "single-lora-equal-parameters": Variant(_ONE, widened=True),
+    "unadapted": Variant({**_ONE, "epochs": 0}),
     "uniform-gate": Variant({"gate": "uniform"}),
     "random-gate": Variant({"gate": "random"}),
 }

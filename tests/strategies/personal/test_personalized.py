@@ -15,7 +15,7 @@ from peft import PeftModel
 from lora.errors import FrameMismatch, ModelError
 from strategies.personal.asking import Asking
 from strategies.personal.files import load_personalized, save_personalized
-from strategies.personal.fitting import cross_fitted, few, learning_curve
+from strategies.personal.fitting import cross_fitted, few, learning_curve, without_sample
 from strategies.personal.personalized import shared_run
 from strategies.personal.recommenders.factors import FactorSettings, FoldedFactors
 from strategies.personal.recommenders.stack import Stack
@@ -248,6 +248,12 @@ def test_a_larger_sample_holds_the_smaller_ones(world: Any) -> None:
     assert np.array_equal(few(world.split.train, 10**6, seed=4), world.split.train)
 
 
+def test_what_is_fitted_beside_the_sample_has_not_seen_it(world: Any) -> None:
+    rest = without_sample(world.split, 50, seed=4)
+    assert sorted([*rest.train, *few(world.split.train, 50, seed=4)]) == [*world.split.train]
+    assert rest.test is world.split.test and rest.validation is world.split.validation
+
+
 def test_the_learning_curve_has_a_point_a_size(world: Any) -> None:
     points = learning_curve(lambda size: world.arm(sample=size), world.log, world.split, [16, 200])
     assert [point.sample for point in points] == [16, 200]
@@ -272,3 +278,10 @@ def test_a_prompt_can_tell_the_score_instead(world: Any) -> None:
     told = one.asking(world.log, asked(world, 2))
     assert not told.offsets.any()
     assert "% " in world.base.tokenizer.decode(told.tokens.ids[0])
+
+
+def test_unadapted_is_where_every_arm_starts(world: Any) -> None:
+    plain, other = world.arm(epochs=0, meta_loras=1, gate="uniform"), world.arm()
+    plain.fit(world.log, world.split, seed=0)
+    other.fit(world.log, world.split, seed=0)
+    assert len(plain.curve) == 1 and plain.curve[0] == pytest.approx(other.curve[0], abs=1e-6)

@@ -161,7 +161,7 @@ class SlotsAgainstADictionary(RuleBasedStateMachine):
             self.slots.close()
 
 
-class TestInMemory(SlotsAgainstADictionary.TestCase):  # type: ignore[misc, name-defined]
+class TestInMemory(SlotsAgainstADictionary.TestCase):  # type: ignore[misc, valid-type]
     settings = settings(max_examples=15, stateful_step_count=15, deadline=None)
 
 
