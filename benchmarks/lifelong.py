@@ -4,10 +4,10 @@
         [--router MF|DIN|SASRec] [--no-anew] [--set rate=0.003 ...]
 
 A reader (the frozen language model) learns the texts before the start. At the start a recommender, meta-LoRAs and
-routers are fitted on everything before it; then every period is served by the arms of `strategies/personal/replay.py`.
-Periods hold equally many events, not equally much time: months of a small log are far too uneven to compare. The arm
-that is trained anew fits recommender, meta-LoRAs and routers from scratch on everything before each period; the reader
-stays, for that arm as for the others.
+routers are fitted on everything before it, the adapters on a sample that neither reader nor recommender has seen; then
+every period is served by the arms of `strategies/personal/replay.py`. Periods hold equally many events, not equally
+much time: months of a small log are far too uneven to compare. The arm that is trained anew fits recommender,
+meta-LoRAs and routers from scratch on everything before each period; the reader stays, for that arm as for the others.
 
 - AUC, log loss: likes among `--sample` events of every period; the last column of all of them. `vs all frozen` and
   `vs slots frozen`: AUC minus that arm's, seed 0, whole users redrawn, 95 %.
@@ -36,7 +36,7 @@ from lora.config import AdapterConfig
 from lora.errors import LetheError
 from strategies.personal.asking import Asking
 from strategies.personal.config import PersonalConfig
-from strategies.personal.fitting import cross_fitted
+from strategies.personal.fitting import few, without_sample
 from strategies.personal.lifelong import LifelongUsers
 from strategies.personal.personalized import Personalized
 from strategies.personal.replay import ANEW, ARMS, EVENT, NOTHING, SLOT, Replayed, before, periods, replay
@@ -44,31 +44,37 @@ from strategies.personal.representation import Recommended
 from tasks.models import BaseModel
 from tasks.recommendation.config import RatingsConfig
 from tasks.recommendation.files import load_interactions
-from tasks.recommendation.interactions import Interactions
+from tasks.recommendation.interactions import Interactions, Ints
 from tasks.recommendation.metrics import Likes, paired_bootstrap
 from tasks.recommendation.reader import ReaderSettings, train_reader
 from tasks.recommendation.splits import Split
 
 
 class Fitter:
-    """Fits a recommender and what it routes, over copies of one frozen reader."""
+    """Fits a recommender and what it routes, over copies of one frozen reader that has learned from rows `read`.
 
-    def __init__(self, base: BaseModel, chosen: argparse.Namespace, config: PersonalConfig, *, seed: int) -> None:
-        self.base, self.chosen, self.config, self.seed = base, chosen, config, seed
+    Adapters learn from rows that neither the reader nor the recommender has seen.
+    """
+
+    def __init__(
+        self, base: BaseModel, read: Ints, chosen: argparse.Namespace, config: PersonalConfig, *, seed: int
+    ) -> None:
+        self.base, self.read, self.chosen, self.config, self.seed = base, read, chosen, config, seed
         self.models: list[Personalized] = []
         """All that were fitted, the first at the start."""
 
     def __call__(self, log: Interactions, split: Split) -> Personalized:
         """Return the model of the training rows of a split."""
+        unread = replace(split, train=np.setdiff1d(split.train, self.read))
+        sample = few(unread.train, self.config.sample, seed=self.seed)
         recommender = ROUTERS[self.chosen.router]()
-        recommender.fit(log, split, seed=self.seed)
-        scores = cross_fitted(ROUTERS[self.chosen.router], log, split, folds=self.chosen.folds, seed=self.seed)
+        recommender.fit(log, replace(split, train=np.setdiff1d(split.train, sample)), seed=self.seed)
         base = replace(self.base, model=copy.deepcopy(self.base.model))
         asking = Asking(base, scorer=recommender, base_score=self.config.base_score, history=self.config.history)
         adapter = AdapterConfig(rank=4, alpha=8.0, targets="all")
         representation = Recommended([recommender], self.config.routing)  # type: ignore[list-item]
         one = Personalized(base, adapter, self.config, asking=asking, representation=representation)
-        one.fit(log, split, seed=self.seed, training_scores=scores)
+        one.fit(log, unread, seed=self.seed)
         print(f"{split.name}: fitted, CPU {time.process_time():.0f} s, checks {one.curve}", flush=True)
         self.models.append(one)
         return one
@@ -195,7 +201,6 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--early", type=int, default=100, help="more of newcomers, in each stretch of events seen")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--router", choices=list(ROUTERS), default="MF", help="scores and routes")
-    parser.add_argument("--folds", type=int, default=2)
     parser.add_argument("--reader-epochs", type=int, default=4)
     parser.add_argument("--no-anew", dest="anew", action="store_false", help="leave out the arm trained anew")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of `personal:`")
@@ -216,9 +221,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     runs = []
     for seed in range(chosen.seeds):
         split = before(log, times[0].begin)
-        base = train_reader(log, split, ReaderSettings(epochs=chosen.reader_epochs), seed=seed)
+        rest = without_sample(split, config.sample, seed=seed)
+        base = train_reader(log, rest, ReaderSettings(epochs=chosen.reader_epochs), seed=seed)
         print(f"seed {seed}: reader ready, CPU {time.process_time():.0f} s", flush=True)
-        fitter = Fitter(base, chosen, config, seed=seed)
+        fitter = Fitter(base, rest.train, chosen, config, seed=seed)
         runs.append(replay(log, fitter, times, sample=chosen.sample, early=chosen.early, anew=chosen.anew, seed=seed))
     report(runs, chosen, config, one_update(fitter.models[0], log, times[0].begin))
 
