@@ -1,7 +1,7 @@
 """What it costs that histories stay at the clients, and that they are protected: meta-LoRAs trained by federation.
 
-    python -m benchmarks.federated_personal [--data FOLDER_OR_CSV] [--seeds 2] [--clients 8] [--rounds 8] [--steps 5]
-        [--lot 32] [--epsilons 8 3] [--validation] [--rates 8=0.5 1=0.5 private=0.3]
+    python -m benchmarks.federated_personal [--data FOLDER_OR_CSV] [--seeds 1] [--clients 6] [--rounds 8] [--steps 3]
+        [--lot 64] [--epsilons 8 3] [--validation] [--rates 8=3 1=0.6 8-private=0.5 1-private=0.3]
 
 A share of the users is public: the frozen reader (a small decoder) learns their training rows' texts and nothing else.
 The other users are private and dealt to clients. Every arm starts from the same reader, takes the same number of steps
@@ -236,21 +236,21 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="Federated personalisation, with and without privacy.")
     parser.add_argument("--data", help="a MovieLens folder or one table; default: the built-in world")
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--public", type=float, default=0.1, help="share of users whose texts the reader learns")
     parser.add_argument("--epochs", type=int, default=4, help="of the reader")
-    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--clients", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--lot", type=int, default=32)
-    parser.add_argument("--per-user", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--lot", type=int, default=64)
+    parser.add_argument("--per-user", type=int, default=20)
     parser.add_argument("--meta-loras", type=int, default=8)
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--temperature", type=float, default=0.1)
-    parser.add_argument("--clip", type=float, default=0.1)
+    parser.add_argument("--clip", type=float, default=0.3)
     parser.add_argument("--epsilons", type=float, nargs="*", default=[8.0, 3.0])
     parser.add_argument("--settings", nargs="*", default=None, help="only these, such as: federated 'epsilon 8'")
-    parser.add_argument("--rates", nargs="*", default=["8=1", "1=1", "8-private=1", "1-private=1"])
+    parser.add_argument("--rates", nargs="*", default=["8=3", "1=0.6", "8-private=0.5", "1-private=0.3"])
     parser.add_argument("--asked", type=int, default=4096, help="test questions")
     parser.add_argument("--directory", help="keep readers and runs here, and use readers that are there")
     parser.add_argument("--checks", type=int, default=256, help="questions of the driver's own scores")
