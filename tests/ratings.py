@@ -46,7 +46,7 @@ def write_ratings(folder: Path) -> Path:
 
 
 def first_users(source: Path, folder: Path, *, count: int) -> Path:
-    """Copy what the first users rated from a MovieLens folder (`ratings.csv.gz`, sorted by user, and `movies.csv.gz`)."""
+    """Copy what the first users rated from a MovieLens folder (`ratings.csv.gz`, by user, and `movies.csv.gz`)."""
     folder.mkdir(parents=True, exist_ok=True)
     with gzip.open(source / "ratings.csv.gz", "rt", newline="") as whole, (folder / "ratings.csv").open("w") as part:
         for number, line in enumerate(whole):
