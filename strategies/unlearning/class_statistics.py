@@ -99,8 +99,8 @@ def _classes(features: Tensor, labels: Tensor | None, shape: Shape) -> Tensor:
         joint = int(counts.argmax()) if counts[small].sum() < shape.least and not small.all() else -1
         classes = torch.where(small[classes], torch.full_like(classes, joint), classes)
         _, classes = torch.unique(classes, return_inverse=True)
-    found: Tensor = classes
-    return found
+    members: Tensor = classes
+    return members
 
 
 def _moments(features: Tensor, classes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
