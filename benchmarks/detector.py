@@ -10,8 +10,9 @@ rows alone (80 % used, 20 % held back for scale and threshold), with the embedde
 - default: what `DetectorSettings()` does. Every other row changes one thing.
 - caught, touched: shares of the domain's and of all other test queries (out-of-scope ones left out) that the hard gate
   lets the slot answer, at the held-back coverage of the column.
-- `--adapted` trains O3's adapter of the encoder (entropy and MLM, each alone, both) for these domains; `--padded` takes
-  means over padding too (32 tokens a row, at most 1,500 of the queries), as the released code does.
+- sample: on 1,500 of the asked queries only. `--adapted` trains O3's adapter of the encoder (entropy and MLM, each
+  alone, both; one pass over the used rows) for these domains; `--padded` takes means over padding too (32 tokens a
+  row), as the released code does.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import gzip
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ from privacy.randomness import SeededRandomness
 from strategies.unlearning.class_statistics import Shape
 from strategies.unlearning.contrastive import ContrastiveSettings, train_encoder
 from strategies.unlearning.detector import Detector, Detectors, DetectorSettings, detector_of
-from strategies.unlearning.encoder import Factors, SharedEncoder
+from strategies.unlearning.encoder import SharedEncoder
 from strategies.unlearning.o3 import Slot
 from strategies.unlearning.request import Request
 from tasks.config import ModelConfig
@@ -48,6 +50,8 @@ MAIN = ("work", "travel", "home", "banking")
 LAYERS = tuple(range(1, 7))
 COVERAGES = (0.8, 0.9, 0.95, 0.99)
 PADDED = 32
+SAMPLE = 1500
+EPOCHS = 1
 OVERHEAD = 12.0
 Marks = NDArray[np.bool_]
 
@@ -211,32 +215,21 @@ def adapted_parts(
     found = {}
     for name, switches in {"entropy + MLM": {}, "entropy": {"mlm": False}, "MLM": {"entropy": False}}.items():
         start = Slot.fresh(model.sites, Frame.draw(model.sites, rank=8, seed=1))
-        chosen = replace(ContrastiveSettings(), **switches)
+        chosen = replace(ContrastiveSettings(epochs=EPOCHS), **switches)
         slot = train_encoder(model, base, request, tokens, start=start, settings=chosen).slot
-        encoder = SharedEncoder(model, layers=LAYERS, factors=_factors(slot))
-        own, _, _ = views(world, domain, lambda t, e=encoder: features(e, t), features(encoder, world.asked))  # type: ignore[misc]
-        for label, view in (("", own.at(6)), (", all layers", own)):
-            distances = Detectors([made(view, DetectorSettings())]).distances(view.asked)[:, 0]
-            found[f"adapter, {name}{label}"] = auroc(world.outside(domain), distances)
+        encoder = SharedEncoder(model, layers=LAYERS, factors=slot.layout.views(slot.values))
+        found |= sampled_parts(world, domain, partial(features, encoder), name=f"sample, adapter, {name}")
     return found
 
 
-def _factors(slot: Slot) -> Factors:
-    return slot.layout.views(slot.values)
-
-
-def padded_parts(encoder: SharedEncoder, world: World, domain: str) -> dict[str, float]:
-    """Return the AUROC of means over padding, beside the default on the same queries."""
-    chosen = np.sort(np.random.default_rng(0).choice(len(world.asked), size=1500, replace=False))
-    asked, outside = world.asked.take(chosen), world.outside(domain)[chosen]
+def sampled_parts(world: World, domain: str, seen: Callable[[Tokens], Tensor], *, name: str) -> dict[str, float]:
+    """Return the AUROC of the default on a sample of the queries with other features, of the last and of all layers."""
+    chosen = np.sort(np.random.default_rng(0).choice(len(world.asked), size=SAMPLE, replace=False))
+    own, _, _ = views(world, domain, seen, seen(world.asked.take(chosen)))
     found = {}
-    for name, fill in (("means over padding", PADDED), ("default, the same 1,500 queries", None)):
-        own, _, _ = views(
-            world, domain, lambda t, f=fill: features(encoder, t, fill=f), features(encoder, asked, fill=fill)
-        )  # type: ignore[misc]
-        for label, view in (("", own.at(6)), (", all layers", own)):
-            distances = Detectors([made(view, DetectorSettings())]).distances(view.asked)[:, 0]
-            found[f"{name}{label}"] = auroc(outside, distances)
+    for label, view in (("", own.at(6)), (", all layers", own)):
+        distances = Detectors([made(view, DetectorSettings())]).distances(view.asked)[:, 0]
+        found[f"{name}{label}"] = auroc(world.outside(domain)[chosen], distances)
     return found
 
 
@@ -267,8 +260,11 @@ def measured(chosen: argparse.Namespace) -> tuple[dict[str, dict[str, float]], d
         outside = world.outside(domain)
         found[domain] = parts(own, outside, world.asked.lengths, tokens.lengths[request.used])
         gates[domain] = gated(own, outside, world.in_scope)
+        if domain in {*chosen.padded, *chosen.adapted}:
+            found[domain] |= sampled_parts(world, domain, seen, name="sample, default")
         if domain in chosen.padded:
-            found[domain] |= padded_parts(encoder, world, domain)
+            over = partial(features, encoder, fill=PADDED)
+            found[domain] |= sampled_parts(world, domain, over, name="sample, means over padding")
         if domain in chosen.adapted:
             found[domain] |= adapted_parts(model, base, world, domain, seen)
         print(domain, {part: round(value, 4) for part, value in found[domain].items()}, gates[domain], flush=True)
