@@ -142,6 +142,12 @@ class Fleet:
         chosen = [process for name, process in self.running.items() if name.endswith("-executor")]
         return float(sum(psutil.Process(process.pid).memory_full_info().pss for process in chosen))
 
+    def check(self) -> None:
+        """Raise SystemExit where a process has ended: what is left of the fleet may wait for it for ever."""
+        ended = [name for name, process in self.running.items() if process.poll() is not None]
+        if ended:
+            raise SystemExit(f"{', '.join(ended)} ended in the midst of a run\n{_logs(self.root)}")
+
     def close(self) -> None:
         """End every process that was started, and theirs."""
         for number in (signal.SIGTERM, signal.SIGKILL):
@@ -187,6 +193,7 @@ def _followed(made: Fleet, operator: Operator, identity: str, rounds: int) -> tu
     """Wait for the end of a run; returns it and the executors' memory after SETTLED rounds and at the end."""
     directory, early = made.root / "runs" / "bench", 0.0
     while True:
+        made.check()
         done = sum(line["kind"] == "round" for line in _lines(directory))
         if not early and done >= SETTLED:
             early = made.memory()

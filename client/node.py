@@ -11,6 +11,7 @@ from lora.config import Section
 from lora.errors import ConfigError, nearest
 from strategies.federated.job import Job
 from strategies.federated.wire import Declined
+from tasks.recommendation.config import RatingsConfig
 
 J = TypeVar("J", bound=Job)
 
@@ -93,6 +94,7 @@ class NodeSettings(Section):
         self._check_privacy(job)
         self._check_paths(job)
         data = {"path": str(self.data)} if self.data is not None else {}
+        ratings = None if job.histories is None else (job.ratings or RatingsConfig()).model_copy(update=data)
         model = {"path": str(self.model)} if self.model is not None else {}
         if self.device is not None:
             model["device"] = self.device
@@ -101,6 +103,7 @@ class NodeSettings(Section):
         return job.model_copy(
             update={
                 "data": job.data.model_copy(update=data),
+                "ratings": ratings,
                 "model": job.model.model_copy(update=model),
                 "privacy": job.privacy.model_copy(update=privacy),
                 "own": self.own,
@@ -121,10 +124,13 @@ class NodeSettings(Section):
 
     def _check_paths(self, job: Job) -> None:
         """Refuse paths that a coordinator names: it would choose which of this machine's files are trained on."""
-        for key, own, asked in (("data", self.data, job.data.path), ("model", self.model, job.model.path)):
-            if asked is not None and own is None and not self.policy.job_paths:
+        ratings = None if job.ratings is None else job.ratings.path
+        named = (("data", job.data.path), ("ratings", ratings), ("model", job.model.path))
+        for section, asked in named:
+            key = "model" if section == "model" else "data"
+            if asked is not None and getattr(self, key) is None and not self.policy.job_paths:
                 raise Declined(
-                    f"node '{self.name}' opens no file because a job names it ({key}.path); its operator sets "
+                    f"node '{self.name}' opens no file because a job names it ({section}.path); its operator sets "
                     f"{key} in node.toml, or policy.job_paths=true"
                 )
 

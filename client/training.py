@@ -176,7 +176,7 @@ def _add_batch(
     here = slots.to(learner.device)
     gate = Gate.one(0) if len(works) == 1 else Gate.rows(here)
     owners = slots.repeat_interleave(group)
-    sink = _sink(bank.layout, step.gradients, here, parts=parts, private=works[0].private is not None)
+    sink = _sink(learner, step.gradients, here, parts=parts, private=works[0].private is not None)
     loss = learner.answers(bank.mix(gate), batch, sink=sink).loss
     if isinstance(sink, ExampleGradients):
         torch.autograd.backward(loss.sum())
@@ -215,9 +215,10 @@ def _chunks(works: Sequence[Work], lots: Sequence[Sequence[int]]) -> list[_Chunk
     return [_Chunk(rows, np.asarray(owners, dtype=np.int64), group) for rows, owners, group in parts if rows]
 
 
-def _sink(layout: Layout, total: Tensor, slots: Tensor, *, parts: Sequence[Part], private: bool) -> GradientSink:
+def _sink(learner: Learner, total: Tensor, slots: Tensor, *, parts: Sequence[Part], private: bool) -> GradientSink:
+    layout = learner.layout
     if private:
-        return ExampleGradients(layout, parts)
+        return learner.example_gradients(parts)
     if total.shape[0] == 1:
         return SummedGradients(layout, total[0], parts)
     return SlotGradients(layout, total, slots, parts)
@@ -226,9 +227,9 @@ def _sink(layout: Layout, total: Tensor, slots: Tensor, *, parts: Sequence[Part]
 def _add_private(sink: ExampleGradients, total: Tensor, slots: Tensor, works: Sequence[Work]) -> None:
     """Clip every example, factors and head apart, and add it to its client's sum."""
     for own, bound in _bounds(works, sink.parts):
-        blocks = sink.of(own)
-        span = _span(sink.layout, own)
-        add_clipped(total[:, span], blocks, factors=clip_factors(blocks, bound=bound), slots=slots)
+        factors = clip_factors(sink.of(own), bound=bound)
+        for span, blocks, share in sink.shares(own):
+            add_clipped(total[:, span], blocks, factors=factors if share is None else factors * share, slots=slots)
     sink.blocks.clear()
 
 
@@ -241,12 +242,6 @@ def _bounds(works: Sequence[Work], parts: Collection[Part]) -> list[tuple[tuple[
     if "head" in parts and mechanism.head_clip is not None:
         bounds.append((("head",), mechanism.head_clip))
     return bounds
-
-
-def _span(layout: Layout, parts: Sequence[Part]) -> slice:
-    """Return the slice of neighbouring parts (A and B stand side by side, the head last)."""
-    spans = [layout.span(part) for part in layout.parts if part in parts]
-    return slice(spans[0].start, spans[-1].stop)
 
 
 def _add_noise(total: Tensor, layout: Layout, works: Sequence[Work], *, parts: Sequence[Part]) -> None:

@@ -1,6 +1,6 @@
 """Where the adapted layers put the gradients of their factors during one backward pass."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -68,3 +68,9 @@ class ExampleGradients:
     def of(self, parts: Collection[Part]) -> list[Tensor]:
         """Return the blocks of some parts in layout order."""
         return [self.blocks[e.part, e.name] for e in self.layout.entries if e.part in parts]
+
+    def shares(self, parts: Collection[Part]) -> Iterator[tuple[slice, list[Tensor], Tensor | None]]:
+        """Yield where the blocks of neighbouring parts belong: a slice of the vector, the blocks that fill it, and by
+        how much each row counts there, `[rows]` (None: once)."""
+        spans = [self.layout.span(part) for part in self.layout.parts if part in parts]
+        yield slice(spans[0].start, spans[-1].stop), self.of(parts), None

@@ -15,10 +15,10 @@ HEAD, CARD = "head.safetensors", "lethe.json"
 
 def export(learner: Learner, vector: Tensor, directory: Path, *, labels: Sequence[str]) -> Path:
     """Write the global adapter; `lethe.json` says how the head reads the token states."""
-    blocks = learner.layout.views(vector)
+    blocks = learner.peft_blocks(vector)
     causal = learner.base.causal
     card: dict[str, object] = {"frame_digest": learner.adapted.frame.digest, "labels": list(labels)}
-    extra: dict[str, bytes] = {}
+    extra = learner.files(vector)
     if isinstance(learner.task, Classification):
         head = learner.task.head
         weight, bias = blocks.get(("head", "weight"), head.weight), blocks.get(("head", "bias"), head.bias)

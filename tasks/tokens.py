@@ -12,17 +12,22 @@ from torch import Tensor
 from tasks.examples import Examples
 
 Ids = NDArray[np.int64]
+Numbers = NDArray[np.float32]
 IGNORED = -100
 """Label of a token that is not learned, as in torch's cross entropy."""
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids of every example; `labels [n]` for classification, `starts [n]` (first learned token) for causal LM."""
+    """Token ids of every example; `labels [n]` for classification, `starts [n]` (first learned token) for causal LM.
+
+    `beside [n, k]` are numbers that go with every example, such as the weights that route it.
+    """
 
     ids: Sequence[Ids]
     labels: Ids | None = None
     starts: Ids | None = None
+    beside: Numbers | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -34,6 +39,7 @@ class Tokens:
             [self.ids[row] for row in rows],
             None if self.labels is None else self.labels[rows],
             None if self.starts is None else self.starts[rows],
+            None if self.beside is None else self.beside[rows],
         )
 
     @property
@@ -44,11 +50,15 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Batch:
-    """Padded rows: `input_ids [rows, tokens]`, a mask (None where nothing is padded), labels `[rows]` or per token."""
+    """Padded rows: `input_ids [rows, tokens]`, a mask (None where nothing is padded), labels `[rows]` or per token.
+
+    `beside [rows, k]` are the numbers that go with every row, if any.
+    """
 
     input_ids: Tensor
     mask: Tensor | None
     labels: Tensor
+    beside: Tensor | None = None
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -64,8 +74,8 @@ class Batch:
         """Return the batch on a device, where it arrives while the CPU goes on; itself where it is there already."""
         if self.input_ids.device == device:
             return self
-        mask = None if self.mask is None else _sent(self.mask, device)
-        return Batch(_sent(self.input_ids, device), mask, _sent(self.labels, device))
+        mask, beside = (None if each is None else _sent(each, device) for each in (self.mask, self.beside))
+        return Batch(_sent(self.input_ids, device), mask, _sent(self.labels, device), beside)
 
 
 def _sent(tensor: Tensor, device: torch.device) -> Tensor:
@@ -128,8 +138,12 @@ def collate(rows: Sequence[tuple[Tokens, int]], *, pad: int) -> Batch:
         place[: len(row)] = row
     mask = None if min(lengths) == width else np.arange(width) < np.asarray(lengths)[:, None]
     labels = _labels(rows, padded, lengths)
+    beside = [tokens.beside[row] for tokens, row in rows if tokens.beside is not None]
     return Batch(
-        torch.from_numpy(padded), None if mask is None else torch.from_numpy(mask).long(), torch.from_numpy(labels)
+        torch.from_numpy(padded),
+        None if mask is None else torch.from_numpy(mask).long(),
+        torch.from_numpy(labels),
+        torch.from_numpy(np.stack(beside)) if beside else None,
     )
 
 

@@ -14,11 +14,13 @@ from lora.errors import ConfigError, nearest
 from lora.plan import PLANS, FactorPlan
 from privacy.config import PrivacyConfig
 from strategies.federated.config import FederationConfig
+from strategies.personal.config import HistoriesConfig, PersonalConfig
 from tasks.config import DataConfig, ModelConfig, TaskConfig
 from tasks.data import load_splits
 from tasks.examples import Splits
 from tasks.learner import Learner, build_learner
 from tasks.partition import partition
+from tasks.recommendation.config import RatingsConfig
 from tasks.tokens import Tokens
 
 J = TypeVar("J", bound="Job")
@@ -36,6 +38,10 @@ class Job(BaseModel):
     adapter: AdapterConfig = AdapterConfig()
     privacy: PrivacyConfig = Field(default_factory=PrivacyConfig)
     federation: FederationConfig = FederationConfig()
+    histories: HistoriesConfig | None = None
+    """How histories of users are kept and asked about, in a job that personalises over `ratings:`; null: none are."""
+    ratings: RatingsConfig | None = None
+    personal: PersonalConfig | None = None
     own: bool = False
     """Whether all training rows are one client's own; a node says so of itself, a run file never does."""
 
@@ -141,4 +147,9 @@ class World:
 
 @lru_cache(maxsize=2)
 def _world(text: str) -> World:
-    return World(Job.model_validate_json(text))
+    job = Job.model_validate_json(text)
+    if job.histories is None:
+        return World(job)
+    from strategies.personal.federated import PersonalWorld
+
+    return PersonalWorld(job)
