@@ -9,8 +9,8 @@ every period is served by the arms of `strategies/personal/replay.py`. Periods h
 much time: months of a small log are far too uneven to compare. The arm that is trained anew fits recommender,
 meta-LoRAs and routers from scratch on everything before each period; the reader stays, for that arm as for the others.
 
-- AUC, log loss: likes among `--sample` events of every period; the last column of all of them. `vs all frozen` and
-  `vs slots frozen`: AUC minus that arm's, seed 0, whole users redrawn, 95 %.
+- AUC, log loss: likes among `--sample` events of every period; the last columns are of all of them. `minus`:
+  differences of AUC, seed 0, whole users redrawn, 95 %.
 - newcomers: users without an event at the start, by events seen before the one asked about.
 - costs, CPU seconds: bringing a whole period's users up to date, one user with one new event (median of 30), one fit.
 
@@ -39,13 +39,13 @@ from strategies.personal.config import PersonalConfig
 from strategies.personal.fitting import few, without_sample
 from strategies.personal.lifelong import LifelongUsers
 from strategies.personal.personalized import Personalized
-from strategies.personal.replay import ANEW, ARMS, EVENT, NOTHING, SLOT, Replayed, before, periods, replay
+from strategies.personal.replay import ARMS, EVENT, Replayed, before, periods, replay
 from strategies.personal.representation import Recommended
 from tasks.models import BaseModel
 from tasks.recommendation.config import RatingsConfig
 from tasks.recommendation.files import load_interactions
 from tasks.recommendation.interactions import Interactions, Ints
-from tasks.recommendation.metrics import Likes, paired_bootstrap
+from tasks.recommendation.metrics import Interval, Likes, paired_bootstrap
 from tasks.recommendation.reader import ReaderSettings, train_reader
 from tasks.recommendation.splits import Split
 
@@ -104,28 +104,23 @@ def loss_of(found: Sequence[Likes]) -> str:
     return f"{statistics.fmean(each.log_loss for each in found):.4f}"
 
 
-def difference(one: Replayed, arm: str, other: str) -> str:
-    """Write the AUC of one arm minus another's over all samples, with its interval."""
+def difference(one: Replayed, arm: str, other: str) -> Interval:
+    """Return the AUC of one arm minus another's over all samples, with its interval."""
     drawn = one.drawn > 0
     rows = one.rows[drawn]
-    return str(
-        paired_bootstrap(
-            one.log.likes[rows], one.logits[arm][drawn], one.logits[other][drawn], users=one.log.users[rows]
-        )
+    return paired_bootstrap(
+        one.log.likes[rows], one.logits[arm][drawn], one.logits[other][drawn], users=one.log.users[rows]
     )
 
 
 def drift_table(runs: Sequence[Replayed], arms: Sequence[str]) -> list[list[str]]:
     """Return AUC and log loss of every arm in every period."""
-    heading = ["arm", *(f"period {number + 1}" for number in range(runs[0].periods)), "all", "log loss",
-               "vs all frozen", "vs slots frozen"]  # fmt: skip
+    heading = ["arm", *(f"period {number + 1}" for number in range(runs[0].periods)), "all", "log loss"]
     lines = [heading]
     for arm in arms:
         each = [run.drift(arm) for run in runs]
         whole = [run.whole(arm) for run in runs]
-        lines.append([arm, *(merged(column) for column in zip(*each, strict=True)), merged(whole), loss_of(whole),
-                      "" if arm == NOTHING else difference(runs[0], arm, NOTHING),
-                      "" if arm == SLOT else difference(runs[0], arm, SLOT)])  # fmt: skip
+        lines.append([arm, *(merged(column) for column in zip(*each, strict=True)), merged(whole), loss_of(whole)])
     return lines
 
 
@@ -240,14 +235,19 @@ def report(
     figures["period_users"] = statistics.fmean(value for run in runs for value in run.updated)
     figures["fit_s"] = statistics.fmean(value for run in runs for value in run.fit_s)
     figures["retrain_over_update_s"] = figures["fit_s"] / figures["one_update_s"]
+    apart = {arm: difference(runs[0], EVENT, arm) for arm in arms if arm != EVENT}
+    for arm, interval in apart.items():
+        key = f"updated_minus_{arm.replace(' ', '_')}"
+        figures |= {f"{key}_auc": interval.value, f"{key}_low": interval.low, f"{key}_high": interval.high}
     lines = drift_table(runs, arms)
-    about = {**vars(chosen), "data": "built-in" if chosen.data is None else "given", **config.model_dump()}
+    about = {**vars(chosen), "data": "built-in" if chosen.data is None else "given", "personal": config.model_dump()}
     publish("lifelong", figures=figures, rows=lines, about=settings(**about))
     for line in newcomer_lines(runs, arms):
         print(" | ".join(line))
     for name in ("one_update_s", "period_update_s", "period_users", "fit_s", "retrain_over_update_s", "slot_bytes"):
         print(f"{name}: {figures[name]:.4g}")
-    print(f"{EVENT} minus {ANEW}: {difference(runs[0], EVENT, ANEW)}" if chosen.anew else "")
+    for other, interval in apart.items():
+        print(f"{EVENT} minus {other}: {interval}")
     (RESULTS / "lifelong.svg").write_text(picture(runs, arms))
 
 
