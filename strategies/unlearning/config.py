@@ -40,7 +40,8 @@ class GsLoraConfig(Section):
     """The update is scaled by alpha / rank. The released code has 1/8 and a rate of 1e-2; AdamW's steps do not shrink
     with the scale, so 1 with a smaller rate moves the function as far."""
     rate: float = Field(2e-3, gt=0)
-    """AdamW's rate; falls to a thousandth of it along a cosine, without warm-up (as the released code)."""
+    """AdamW's rate for a model of width 384; about as much smaller as the model is wider. Falls to a thousandth of it
+    along a cosine, without warm-up (as the released code)."""
     weight_decay: float = Field(0.05, ge=0)
     """AdamW's decoupled decay (as the released code)."""
     bound: float = Field(2.0, gt=0)
@@ -51,10 +52,13 @@ class GsLoraConfig(Section):
     """Whether every example is bounded, or the mean of a batch (the released code), where some hide behind others."""
     forget_weight: float = Field(0.5, ge=0)
     """beta: weight of the forget loss."""
-    sparsity: float = Field(0.02, ge=0)
+    sparsity: float = Field(0.3, ge=0)
     """alpha of the group lasso; 0 leaves plain LoRA."""
     warmup: float = Field(0.3, ge=0, le=1)
     """Share of the steps without the group lasso: held down from the first step, nothing would be forgotten."""
+    wait: float = Field(0.5, ge=0, le=1)
+    """The group lasso starts no sooner than this share of a pass's forgotten rows is at the bound; 0: by steps alone,
+    as the papers do. A short request would otherwise be held at zero before it has forgotten anything."""
     structure: Literal["proximal", "subgradient"] = "proximal"
     """A proximal step sets whole groups to exactly zero; the papers' subgradient never does."""
     group: Literal["block", "adapter", "matrix"] = "block"
@@ -64,8 +68,11 @@ class GsLoraConfig(Section):
     prototypes: bool = False
     """GS-LoRA++: hold features near (and push forgotten ones away from) class means of the original model."""
     prototype_forget: float = Field(0.1, ge=0)
-    """w_f, in units of the mean divergence between classes."""
+    """w_f, in units of the mean divergence between classes; with a few rows a class, 3 forgets unseen rows better."""
     prototype_retain: float = Field(1.0, ge=0)
     """w_r, in the same units; the papers describe it, their scripts set it to 0."""
+    prototype_spread: bool = True
+    """Pull retained rows only as far as the original model's own spread about the means; false (the papers): to the
+    means themselves, which draws every class together and costs the classes that are not in the sample."""
     prototype_bound: float | None = Field(None, gt=0)
     """BND_pro, nats; null: the mean divergence between two classes' prototypes."""

@@ -123,6 +123,7 @@ class _Training:
         self.optimizer = torch.optim.AdamW(self.factors.values(), lr=config.rate, weight_decay=config.weight_decay)
         self.proximal = ProximalGroups(self.groups, self.optimizer)
         self.traced = Tracing(passes(len(request.retain), budget.batch))
+        self.started = False
         self.factor_norms: list[Mapping[str, float]] = []
         self.updates: list[Mapping[str, float]] = []
 
@@ -133,7 +134,7 @@ class _Training:
         schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda now: cosine(now, self.total))
         self._note()
         for number in range(self.total):
-            weight = self.config.sparsity if number >= self.config.warmup * self.total else 0.0
+            weight = self._sparsity(number)
             if not self.proximal.alive:
                 break
             with self.adapted.bound(self.factors):
@@ -148,6 +149,13 @@ class _Training:
             schedule.step()
             if self.traced.add(**{name: float(value.detach()) for name, value in parts.items()}):
                 self._note()
+
+    def _sparsity(self, number: int) -> float:
+        """Return the weight of the group lasso at a step; once started it stays."""
+        trace = self.traced.trace
+        reached = self.config.wait == 0 or bool(trace and trace[-1]["at_bound"] >= self.config.wait)
+        self.started = self.started or (number >= self.config.warmup * self.total and reached)
+        return self.config.sparsity if self.started else 0.0
 
     def _losses(self, forget: Gathered, retain: Gathered) -> dict[str, Tensor]:
         bound = forget_bound(self.config, self.classifier.classes)
@@ -190,7 +198,7 @@ def prototype_loss(
     unit = prototypes.between()
     bound = config.prototype_bound or unit
     push = F.relu(bound - prototypes.divergence(*forget)) if bool(prototypes.known[forget[1]].any()) else 0.0
-    pull = prototypes.divergence(*retain)
+    pull = prototypes.divergence(*retain, beyond_spread=config.prototype_spread)
     return (config.prototype_forget * push + config.prototype_retain * pull) / unit
 
 
