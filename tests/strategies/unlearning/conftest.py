@@ -30,10 +30,6 @@ class Toy:
         return Answers.of(model, self.splits.test).accuracy(classes)
 
 
-def bits(classifier: Classifier) -> dict[str, bytes]:
-    return {name: value.numpy().tobytes() for name, value in classifier.state().items()}
-
-
 @pytest.fixture(scope="session")
 def toy() -> Toy:
     splits = builtin_images(train=800, validation=100, test=300, side=12)
