@@ -4,6 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 T = TypeVar("T")
 
 
@@ -28,7 +31,7 @@ class Examples:
     def __len__(self) -> int:
         return len(self.texts)
 
-    def take(self, indices: Sequence[int]) -> "Examples":
+    def take(self, indices: Sequence[int] | NDArray[np.int64]) -> "Examples":
         """Return the rows at `indices`, in that order."""
         return Examples(
             texts=tuple(self.texts[i] for i in indices),
@@ -49,5 +52,5 @@ class Splits:
     """Name of label 0, 1, ...; empty for causal LM."""
 
 
-def _pick(column: tuple[T, ...] | None, indices: Sequence[int]) -> tuple[T, ...] | None:
+def _pick(column: tuple[T, ...] | None, indices: Sequence[int] | NDArray[np.int64]) -> tuple[T, ...] | None:
     return None if column is None else tuple(column[i] for i in indices)

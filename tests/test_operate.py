@@ -159,7 +159,7 @@ def test_every_reason_for_a_refusal_has_its_cause_and_its_remedy() -> None:
 def errors() -> set[str]:
     """Return the public errors of the library by name."""
     for name in trees():
-        if name.endswith("errors.py") or name.endswith("wire.py"):
+        if name.endswith(("errors.py", "wire.py", "events.py")):
             importlib.import_module(name.removesuffix(".py").replace("/", "."))
     found, waiting = {LetheError}, [LetheError]
     while waiting:

@@ -1,1 +1,1 @@
-"""Forgetting on request: slots that unlearn, who asks for them, and what it costs everybody else."""
+"""Forgetting on request: slots and adapters that forget, what they are asked, and proof that it is gone."""

@@ -1,0 +1,319 @@
+"""Classes forgotten one request after another: GS-LoRA(++) beside its baselines, measured to the end of the stream.
+
+    python -m benchmarks.unlearning [--texts FOLDER] [--images FILE.npz] [--cache FOLDER] [--seeds 1]
+        [--courses texts few-shot missing] [--methods GS-LoRA SCRUB ...] [--requests 5] [--on test]
+        [--base-rows 100] [--epochs 4] [--forget 20] [--replay 4] [--asked N] [--retrained 0] [--attacks]
+
+- texts: MiniLM on CLINC150 (a folder with data_full.json.gz and domains.json.gz); the domains work, travel, home and
+  banking are forgotten, then single intents.
+- few-shot, missing: a vision transformer trained here on an MNIST-shaped file (or on built-in digits), four requests of
+  two classes; few-shot has 4 rows a class, in `missing` classes 0 and 1 have no replay row.
+
+Every method gets the same rows and the same number of steps. `--on validation` is for choosing settings.
+`--retrained N` trains N classifiers without the requests' rows on all the others: seconds against those of a request,
+and what LiRA compares with. `--attacks` probes the last classifier.
+"""
+
+import argparse
+import gzip
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.measure import publish, settings
+from lora.errors import DataError, LetheError, nearest
+from strategies.unlearning.attacks import (
+    RelearningConfig,
+    lira_membership,
+    loss_membership,
+    nearest_prototype,
+    probe,
+    relearn,
+)
+from strategies.unlearning.class_baselines import OBJECTIVES, baseline
+from strategies.unlearning.classifier import Classifier, fit, image_classifier, text_classifier
+from strategies.unlearning.config import BudgetConfig, FitConfig, GsLoraConfig
+from strategies.unlearning.gs_lora import GsLora
+from strategies.unlearning.measures import Answers
+from strategies.unlearning.prototypes import Prototypes
+from strategies.unlearning.requests import ForgetRequest, Method
+from strategies.unlearning.stream import Moment, Report, SampleConfig, requests, run, sampled
+from tasks.config import DataConfig, ModelConfig
+from tasks.data import load_splits
+from tasks.encoders import Rows
+from tasks.images import builtin_images, load_images
+from tasks.vision import VitConfig
+
+DOMAINS = ("work", "travel", "home", "banking")
+COURSES = ("texts", "few-shot", "missing")
+HEADING = ("course", "method", "request", "Acc_r", "Acc_f", "Acc_o", "Acc_m", "H", "utility loss", "blocks", "CPU s")
+
+
+@dataclass(frozen=True)
+class Course:
+    """One task with its stream of requests."""
+
+    name: str
+    make: Callable[[int], Classifier]
+    train: Rows
+    unseen: Rows
+    sequence: tuple[tuple[int, ...], ...]
+    sample: SampleConfig
+    budget: BudgetConfig
+    fit: FitConfig
+    classes: int
+    gs: GsLoraConfig
+    plus: Mapping[str, object]
+    """What GS-LoRA++ has otherwise than GS-LoRA, beside prototypes."""
+
+
+@dataclass
+class Found:
+    """Figures of one method on one course, over seeds."""
+
+    reports: list[Report] = field(default_factory=list)
+    attacks: list[Mapping[str, float]] = field(default_factory=list)
+
+    @property
+    def h(self) -> float:
+        """Return the mean H over requests and seeds."""
+        return statistics.fmean(report.mean_h for report in self.reports)
+
+    @property
+    def seconds(self) -> float:
+        """Return the mean CPU seconds of a request."""
+        return statistics.fmean(moment.outcome.cpu_s for report in self.reports for moment in report.moments)
+
+
+def texts(chosen: argparse.Namespace) -> Course:
+    """Return the course on CLINC150."""
+    folder = Path(chosen.texts)
+    config = DataConfig(path=str(folder), file="data_full.json.gz", drop_labels=("oos",))
+    splits = load_splits(config, kind="classification", seed=0)
+    with gzip.open(folder / "domains.json.gz", "rt") as file:
+        domains = json.load(file)
+    names = {name: place for place, name in enumerate(splits.label_names)}
+    whole = [tuple(sorted(names[intent] for intent in domains[domain])) for domain in DOMAINS]
+    rest = sorted(set(range(len(names))) - {label for each in whole for label in each})
+    single = [(int(label),) for label in np.random.default_rng(0).permutation(rest)]
+    return Course(
+        "texts",
+        lambda seed: text_classifier(ModelConfig(name="minilm", device="cpu"), classes=len(names), seed=seed),
+        _at_most(splits.train, chosen.base_rows, classes=len(names)),
+        _at_most(splits.test if chosen.on == "test" else splits.validation, chosen.asked, classes=len(names)),
+        (*whole, *single)[: chosen.requests],
+        SampleConfig(forget=chosen.forget, replay=chosen.replay),
+        BudgetConfig(epochs=chosen.epochs),
+        FitConfig(rate=2e-4, head_rate=2e-2),
+        len(names),
+        GsLoraConfig(),
+        {},
+    )
+
+
+def images(chosen: argparse.Namespace, name: str) -> Course:
+    """Return a course on images: few rows, or classes of which there is none."""
+    splits = load_images(Path(chosen.images)) if chosen.images else builtin_images()
+    few = name == "few-shot"
+    classes = len(splits.label_names)
+    sequence = tuple((label - 1, label) for label in range(classes - 1, 2, -2))
+    return Course(
+        name,
+        lambda seed: image_classifier(VitConfig(side=splits.train.pixels.shape[2]), classes=classes, seed=seed),
+        _at_most(splits.train, 1600, classes=classes),
+        _at_most(splits.test if chosen.on == "test" else splits.validation, chosen.asked, classes=classes),
+        sequence[: chosen.requests],
+        SampleConfig(forget=4, replay=4) if few else SampleConfig(forget=50, replay=50, missing=(0, 1)),
+        BudgetConfig(epochs=20, batch=8) if few else BudgetConfig(epochs=8, batch=32),
+        FitConfig(epochs=6, batch=64, rate=2e-3, head_rate=2e-3),
+        classes,
+        GsLoraConfig(rate=4e-3),
+        {"prototype_forget": 3.0, "prototype_retain": 0.0} if few else {},
+    )
+
+
+def _at_most(rows: Rows, per_class: int | None, *, classes: int) -> Rows:
+    return rows if per_class is None else rows.take(sampled(rows, per_class, classes=range(classes), seed=0))
+
+
+def trained(course: Course, *, seed: int, cache: Path | None) -> Classifier:
+    """Return the course's classifier: from the cache, else trained and put there."""
+    classifier = course.make(seed)
+    kind = "texts" if course.name == "texts" else "images"
+    path = None if cache is None else cache / f"{kind}-{len(course.train)}-{seed}.safetensors"
+    if path is not None and path.is_file():
+        return classifier.load(path)
+    fit(classifier, course.train, course.fit, seed=seed)
+    if path is not None:
+        classifier.save(path)
+    return classifier
+
+
+def methods(course: Course) -> dict[str, Method]:
+    """Return all methods by name."""
+    variants: dict[str, dict[str, object]] = {
+        "GS-LoRA": {},
+        "GS-LoRA++": {"prototypes": True, **course.plus},
+        "plain LoRA": {"sparsity": 0.0},
+        "GS-LoRA subgradient": {"structure": "subgradient", "sparsity": 0.01},
+    }
+    gs = {name: GsLora(course.gs.model_copy(update=changes), name=name) for name, changes in variants.items()}
+    return gs | {name: baseline(name) for name in (*OBJECTIVES, "retrain")}
+
+
+def asked(course: Course, classifier: Classifier, *, seed: int) -> list[ForgetRequest]:
+    """Return the requests of a seed, with prototypes taken of what is held at the start."""
+    sample = course.sample.model_copy(update={"seed": seed})
+    held = [sampled(course.train, sample.replay, classes=set(range(course.classes)) - set(sample.missing), seed=seed)]
+    held += [sampled(course.train, sample.forget, classes=named, seed=seed) for named in course.sequence]
+    rows = classifier.encoder.prepared(course.train)
+    prototypes = Prototypes.of(classifier, rows.take(np.unique(np.concatenate(held))), classes=course.classes)
+    return list(requests(rows, course.sequence, sample, classes=course.classes, prototypes=prototypes))
+
+
+def measured(course: Course, chosen: argparse.Namespace, lines: list[list[str]]) -> dict[str, Found]:
+    """Run every method with every seed."""
+    found: dict[str, Found] = {}
+    known = methods(course)
+    for name in chosen.methods or known:
+        if name not in known:
+            raise DataError(f"no method is called '{name}'{nearest(name, known)}")
+        found[name] = Found()
+    for seed in range(chosen.seeds):
+        classifier = trained(course, seed=seed, cache=chosen.cache and Path(chosen.cache))
+        stream = asked(course, classifier, seed=seed)
+        gold = retrained(course, stream, count=chosen.retrained, seed=seed, lines=lines)
+        for name, each in found.items():
+            report = run(
+                classifier,
+                known[name],
+                stream,
+                unseen=course.unseen,
+                budget=course.budget,
+                seed=seed,
+                missing=course.sample.missing,
+                on_moment=lambda moment, name=name: lines.append(_told(course, name, moment)),  # type: ignore[misc]
+            )
+            each.reports.append(report)
+            print("\n".join(f"{name}: {line}" for line in report.lines), flush=True)
+            if chosen.attacks:
+                each.attacks.append(attacked(course, report.moments[-1].outcome.model, stream, gold))
+                print(f"{name}: {each.attacks[-1]}", flush=True)
+    return found
+
+
+def _told(course: Course, name: str, moment: Moment) -> list[str]:
+    stands, outcome = moment.standing, moment.outcome
+    shares = (stands.acc_r, stands.acc_f, stands.acc_o, stands.acc_m, stands.h)
+    blocks = f"{len(outcome.blocks.selected)} of {len(outcome.blocks.factors[0])}" if outcome.blocks else ""
+    told = ["" if np.isnan(share) else f"{100 * share:.2f}" for share in shares]
+    line = [course.name, name, str(moment.time), *told, f"{stands.utility_loss:.2f}", blocks, f"{outcome.cpu_s:.1f}"]
+    print(" | ".join(line), flush=True)
+    return line
+
+
+def retrained(
+    course: Course, stream: Sequence[ForgetRequest], *, count: int, seed: int, lines: list[list[str]]
+) -> list[Classifier]:
+    """Train classifiers anew on all rows but those of classes that the stream forgets."""
+    gone = {label for request in stream for label in request.classes}
+    kept = sampled(course.train, len(course.train), classes=set(range(course.classes)) - gone, seed=seed)
+    made = []
+    for number in range(count):
+        begun = time.process_time()
+        fresh = course.make(1000 * (seed + 1) + number)
+        fit(fresh, course.train.take(kept), course.fit, seed=1000 * (seed + 1) + number)
+        lines.append([course.name, "retrained whole", *[""] * 8, f"{time.process_time() - begun:.1f}"])
+        made.append(fresh)
+    return made
+
+
+def attacked(
+    course: Course, model: Classifier, stream: Sequence[ForgetRequest], gold: Sequence[Classifier]
+) -> dict[str, float]:
+    """Try to bring the first request back from a classifier at the end of the stream."""
+    request = stream[0]
+    others = sampled(course.unseen, len(course.unseen), classes=request.classes, seed=0)
+    unseen = model.encoder.prepared(course.unseen).take(others)
+    members, strangers = Answers.of(model, request.forget), Answers.of(model, unseen)
+    target = 0.8
+    found = {"loss_mia": loss_membership(members, strangers)}
+    if len(request.classes) > 1:
+        found |= {
+            "probe": probe(model, request.forget, unseen),
+            "prototype": nearest_prototype(model, request.forget, unseen),
+        }
+    for name, each in {"": model, **({"_retrained": gold[0]} if gold else {})}.items():
+        again = relearn(each, request.forget, unseen, target=target, config=RelearningConfig(), seed=0)
+        found[f"relearning_steps{name}"] = float("inf") if again.steps is None else float(again.steps)
+    if gold and len(request.classes) > 1:
+        found["probe_retrained"] = probe(gold[0], request.forget, unseen)
+    if len(gold) > 1:
+        pairs = [(Answers.of(each, request.forget), Answers.of(each, unseen)) for each in gold]
+        found["lira_mia"] = lira_membership(members, strangers, without=pairs)
+    return found
+
+
+def figures(found: Mapping[str, Mapping[str, Found]], lines: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Return what the results file holds; a figure whose course or method was left out is not there."""
+    made: dict[str, float] = {}
+    ours = ("GS-LoRA", "GS-LoRA++", "plain LoRA", "GS-LoRA subgradient", "retrain")
+    for course, methods_of in found.items():
+        key = course.replace("-", "_")
+        made |= {f"h_{key}_{_key(name)}": each.h for name, each in methods_of.items()}
+        rivals = [each.h for name, each in methods_of.items() if name not in ours]
+        if rivals:
+            made[f"h_best_baseline_{key}"] = max(rivals)
+    gs = found.get("texts", {}).get("GS-LoRA")
+    if gs is not None:
+        made["h_gs_lora"] = gs.h
+        made["gs_forget_acc_end_max"] = max(report.worst_forget_accuracy for report in gs.reports)
+        made["gs_utility_loss_points"] = max(report.worst_utility_loss for report in gs.reports)
+        whole = [float(line[-1]) for line in lines if line[:2] == ["texts", "retrained whole"]]
+        if whole:
+            made["retrain_over_request_s"] = statistics.fmean(whole) / gs.seconds
+    renamed = {"h_gs_lora_pp_fewshot": "h_few_shot_gs_lorapp", "h_best_baseline": "h_best_baseline_texts"}
+    return made | {name: made[source] for name, source in renamed.items() if source in made}
+
+
+def _key(name: str) -> str:
+    return name.lower().replace("++", "pp").replace(" ", "_").replace("-", "_")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print what the command line asks for."""
+    parser = argparse.ArgumentParser(description="Classes forgotten one request after another.")
+    parser.add_argument("--texts", help="a folder with CLINC150; without it the course on texts is left out")
+    parser.add_argument("--images", help="an NPZ file such as mnist.npz; default: built-in digits")
+    parser.add_argument("--cache", help="folder of trained classifiers, filled where empty")
+    parser.add_argument("--courses", nargs="+", choices=COURSES, default=COURSES)
+    parser.add_argument("--methods", nargs="+", help="default: all")
+    parser.add_argument("--on", choices=("test", "validation"), default="test", help="what accuracy is measured on")
+    parser.add_argument("--attacks", action="store_true", help="probe, relearn and infer membership at the end")
+    numbers = {"seeds": 1, "requests": 6, "base-rows": 100, "epochs": 4, "forget": 20, "replay": 4, "retrained": 0}
+    for name, usual in numbers.items():
+        parser.add_argument(f"--{name}", type=int, default=usual)
+    parser.add_argument("--asked", type=int, help="rows of every class that accuracy is measured on; default: all")
+    chosen = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    found: dict[str, dict[str, Found]] = {}
+    lines = [[*HEADING]]
+    try:
+        for name in chosen.courses:
+            if name != "texts" or chosen.texts:
+                course = texts(chosen) if name == "texts" else images(chosen, name)
+                found[name] = measured(course, chosen, lines)
+    except LetheError as error:
+        raise SystemExit(f"error: {error}") from None
+    about = {key: value for key, value in vars(chosen).items() if key not in ("texts", "images", "cache")}
+    publish("unlearning", figures=figures(found, lines), rows=lines, about=settings(**about))
+
+
+if __name__ == "__main__":
+    main()
