@@ -13,15 +13,19 @@ from typing import TYPE_CHECKING, Any
 from lora.errors import LetheError, nearest
 
 if TYPE_CHECKING:
-    from lethe.config import RunFile, from_mapping, load_run_file, recipes, to_yaml
+    from lethe.config import PersonalRun, RunFile, from_mapping, load_personal_run, load_run_file, recipes, to_yaml
+    from lethe.personal_run import personalize
     from lethe.report import write_report
     from lethe.run import resume, simulate
 
 __all__ = [
     "LetheError",
+    "PersonalRun",
     "RunFile",
     "from_mapping",
+    "load_personal_run",
     "load_run_file",
+    "personalize",
     "recipes",
     "resume",
     "simulate",
@@ -30,9 +34,12 @@ __all__ = [
 ]
 
 _HOMES = {
+    "PersonalRun": "lethe.config",
     "RunFile": "lethe.config",
     "from_mapping": "lethe.config",
+    "load_personal_run": "lethe.config",
     "load_run_file": "lethe.config",
+    "personalize": "lethe.personal_run",
     "recipes": "lethe.config",
     "resume": "lethe.run",
     "simulate": "lethe.run",

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lethe.deploy import app as deploy_app
-from lora.errors import LetheError
+from lora.errors import LetheError, RunError
 
 if TYPE_CHECKING:
     from lethe.config import RunFile
@@ -78,12 +78,35 @@ def simulate(recipe: Recipe, overrides: Overrides = None, quiet: Quiet = False) 
 
 
 @app.command()
+def personalize(recipe: Recipe, overrides: Overrides = None, quiet: Quiet = False) -> None:
+    """Mix an adapter for every user of a recommender, and compare; results go to runs/NAME."""
+    from lethe.config import load_personal_run
+    from lethe.progress import Progress
+
+    run = load_personal_run(recipe, overrides or [])
+    with Progress(rounds=0, unit="part", quiet=quiet) as progress:
+        from lethe.personal_run import personalize as start
+
+        try:
+            start(run, recipe=Path(recipe).stem, progress=progress)
+        except (LetheError, KeyboardInterrupt):
+            if progress.directory is not None:
+                kept = _run_name(progress.directory)
+                found = f"what it found is in {progress.directory} (`lethe report {kept}` shows it)"
+                _complain(f"the run stopped; {found}, and a new run needs another name", style="yellow")
+            raise
+
+
+@app.command()
 def resume(run: Run, quiet: Quiet = False) -> None:
     """Go on with a run that was interrupted, from its last checkpoint."""
-    from lethe.config import load_run_file
+    from lethe.config import load_run_file, read_kind
     from lethe.record import find_run
 
     directory = find_run(run)
+    if read_kind(directory / "config.yaml") == "personal":
+        raise RunError(f"{directory} is a personal run, which cannot be resumed; start it again under another name: "
+                       f"lethe personalize {directory}/config.yaml name=…")  # fmt: skip
     with _progress(load_run_file(directory / "config.yaml"), quiet=quiet) as progress:
         from lethe.run import resume as go_on
 
@@ -138,26 +161,28 @@ def _purpose(path: Path) -> str:
 @config_app.command("show")
 def config_show(recipe: Recipe, overrides: Overrides = None) -> None:
     """Print the run file with overrides applied, all defaults filled in, and every key explained."""
-    from lethe.config import load_run_file, to_yaml
+    from lethe.config import load_any, to_yaml
 
-    typer.echo(to_yaml(load_run_file(recipe, overrides or [])), nl=False)
+    typer.echo(to_yaml(load_any(recipe, overrides or [])), nl=False)
 
 
 @config_app.command("validate")
 def config_validate(recipe: Recipe, overrides: Overrides = None) -> None:
     """Check a run file and overrides; every fault is named at once."""
-    from lethe.config import find_recipe, load_run_file, result_digest
+    from lethe.config import find_recipe, load_any, result_digest
 
-    run = load_run_file(recipe, overrides or [])
+    run = load_any(recipe, overrides or [])
     typer.echo(f"{find_recipe(recipe)} is valid (digest {result_digest(run)[:12]})")
 
 
 @config_app.command("schema")
-def config_schema() -> None:
+def config_schema(
+    kind: Annotated[str, typer.Argument(help="Which run files: federation or personal.")] = "federation",
+) -> None:
     """Print the JSON schema of run files, for editors that complete and check YAML."""
     from lethe.config import schema
 
-    typer.echo(json.dumps(schema(), indent=2))
+    typer.echo(json.dumps(schema(kind), indent=2))
 
 
 @config_app.command("memory")

@@ -1,10 +1,15 @@
-"""The run file: its sections, how it is read, what contradicts what, and how it is written back."""
+"""Run files of both kinds: their sections, how they are read, what contradicts what, and how they are written back.
+
+A file says its kind in one key at its top, `kind: personal`; without it, it is a federation. One explicit word, because
+sections are shared between kinds (and more will be): what they imply would change with every section that is added,
+and a misspelt section could turn a file into one of the other kind.
+"""
 
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -17,7 +22,9 @@ from privacy.config import PrivacyConfig
 from server.config import ServerConfig
 from simulation.config import SimulationConfig
 from strategies.federated.config import FederationConfig
+from strategies.personal.config import ComparisonConfig, PersonalConfig
 from tasks.config import DataConfig, ModelConfig, TaskConfig
+from tasks.recommendation.config import RatingsConfig, ReadingModelConfig
 
 RECIPE_FOLDERS = (Path("recipes"), Path(__file__).parents[1] / "recipes", Path(__file__).parent / "recipes")
 """Where a bare recipe name is looked up: the working directory, the source tree, the installed package."""
@@ -41,17 +48,32 @@ _WITHOUT_EFFECT = frozenset(
 )
 
 
-class _Top(Section):
+class RunKind(Section):
     """The keys above all sections."""
+
+    rules: ClassVar[tuple[tuple[frozenset[str], Callable[[Any], str | None]], ...]] = ()
+    """Every rule between sections, with the sections that it reads."""
 
     name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
     """Name of the run and of its directory; null: one is made up."""
     seed: int = Field(0, ge=0, le=2**32 - 1)
     """Seed of everything that is drawn, but for privacy's noise and sampling."""
 
+    @classmethod
+    def sections(cls) -> dict[str, type[Section]]:
+        """Return the sections by name, in the order in which they are written."""
+        fields = {name: field.annotation for name, field in cls.model_fields.items()}
+        return {name: kind for name, kind in fields.items() if isinstance(kind, type) and issubclass(kind, Section)}
 
-class RunFile(_Top):
-    """A whole run: what is learned, from which data, by whom, how privately, on what machine."""
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        if found := conflicts(self):
+            raise ValueError("\n".join(found))
+        return self
+
+
+class RunFile(RunKind):
+    """A federation: what is learned, from which data, by whom, how privately, on what machine."""
 
     model: ModelConfig = ModelConfig()
     task: TaskConfig = TaskConfig()
@@ -63,21 +85,25 @@ class RunFile(_Top):
     server: ServerConfig = ServerConfig()
     simulation: SimulationConfig = SimulationConfig()
 
-    @model_validator(mode="after")
-    def _sections_agree(self) -> Self:
-        if found := conflicts(self):
-            raise ValueError("\n".join(found))
-        return self
+
+class PersonalRun(RunKind):
+    """A personalisation: whose likes, which language model, how adapters are mixed, and what they are compared with."""
+
+    kind: Literal["personal"] = "personal"
+    """What the file is for; a federation has no such key."""
+    ratings: RatingsConfig = RatingsConfig()
+    model: ReadingModelConfig = ReadingModelConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    personal: PersonalConfig = PersonalConfig()
+    comparison: ComparisonConfig = ComparisonConfig()
 
 
-SECTIONS: dict[str, type[Section]] = {
-    name: field.annotation
-    for name, field in RunFile.model_fields.items()
-    if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
-}
-"""The sections of a run file by name, in the order in which they are written."""
+SECTIONS = RunFile.sections()
+"""The sections of a federation."""
 
-_LAYOUT: Layout = {"": RunFile, **SECTIONS}
+KINDS: Mapping[str, type[RunKind]] = {"federation": RunFile, "personal": PersonalRun}
+_COMMANDS = {"federation": "lethe simulate", "personal": "lethe personalize"}
+Kind = TypeVar("Kind", bound=RunKind)
 
 
 # --- What contradicts what, across sections --------------------------------------------------------------------------
@@ -147,7 +173,17 @@ def _shares_for_every_client(run: RunFile) -> str | None:
     return None
 
 
-_CHECKS: tuple[tuple[frozenset[str], Callable[[RunFile], str | None]], ...] = (
+def _something_to_mix(run: PersonalRun) -> str | None:
+    if run.personal.meta_loras == 1 or run.personal.gate != "router":
+        return (
+            f"personal.meta_loras={run.personal.meta_loras}, personal.gate={run.personal.gate}: nothing would be "
+            "personal; use 2 or more and gate: router, and name what it is compared with in comparison.arms"
+        )
+    return None
+
+
+PersonalRun.rules = ((frozenset({"personal"}), _something_to_mix),)
+RunFile.rules = (
     (frozenset({"privacy", "federation"}), _uniform_weights),
     (frozenset({"privacy", "federation"}), _no_client_evaluation),
     (frozenset({"federation"}), _alternation_without_momentum),
@@ -156,13 +192,12 @@ _CHECKS: tuple[tuple[frozenset[str], Callable[[RunFile], str | None]], ...] = (
     (frozenset({"task", "data"}), _labels_to_divide_by),
     (frozenset({"data", "federation"}), _shares_for_every_client),
 )
-"""Every rule between sections, with the sections that it reads."""
 
 
-def conflicts(run: RunFile, *, broken: Iterable[str] = ()) -> list[str]:
+def conflicts(run: RunKind, *, broken: Iterable[str] = ()) -> list[str]:
     """Return one line for every contradiction between sections, leaving out rules that read a `broken` section."""
     unreadable = set(broken)
-    found = [check(run) for reads, check in _CHECKS if not reads & unreadable]
+    found = [check(run) for reads, check in run.rules if not reads & unreadable]
     return [line for line in found if line]
 
 
@@ -170,23 +205,56 @@ def conflicts(run: RunFile, *, broken: Iterable[str] = ()) -> list[str]:
 
 
 def load_run_file(recipe: str | Path, overrides: Sequence[str] = ()) -> RunFile:
-    """Read a run file by path or by the bare name of a shipped recipe, and apply `key=value` overrides in order.
+    """Read a federation by path or by the bare name of a shipped recipe, and apply `key=value` overrides in order.
 
     Raises ConfigError that names every fault at once, one line each.
     """
+    return _load(recipe, overrides, RunFile)
+
+
+def load_personal_run(recipe: str | Path, overrides: Sequence[str] = ()) -> PersonalRun:
+    """Read a personalisation in the same way."""
+    return _load(recipe, overrides, PersonalRun)
+
+
+def load_any(recipe: str | Path, overrides: Sequence[str] = ()) -> RunKind:
+    """Read a run file of whichever kind it says it is."""
+    return _load(recipe, overrides, None)
+
+
+def read_kind(path: Path) -> str:
+    """Return the kind that a run file says it is, valid or not."""
+    return str(_read(path).get("kind", "federation"))
+
+
+def _load(recipe: str | Path, overrides: Sequence[str], wanted: type[Kind] | None) -> Kind:
     path = find_recipe(recipe)
     tree = _read(path)
     faults = [fault for each in overrides if (fault := _override(tree, each))]
     source = f"{path} with {len(overrides)} override{'s'[: len(overrides) > 1]}" if overrides else str(path)
-    return _from_tree(tree, source=source, faults=faults)
+    return _from_tree(tree, kind=_kind_of(tree, wanted, source), source=source, faults=faults)
 
 
 def from_mapping(tree: Mapping[str, Any], *, source: str = "run file") -> RunFile:
-    """Build a run from plain values, such as the JSON of a resolved run; `source` names them in messages.
+    """Build a federation from plain values, such as the JSON of a resolved run; `source` names them in messages.
 
     Raises ConfigError that names every fault at once, one line each.
     """
-    return _from_tree(dict(tree), source=source, faults=[])
+    own = dict(tree)
+    return _from_tree(own, kind=_kind_of(own, RunFile, source), source=source, faults=[])
+
+
+def _kind_of(tree: dict[str, Any], wanted: type[Kind] | None, source: str) -> type[Kind]:
+    """Take the kind out of the tree, and refuse one that is not wanted."""
+    name = tree.pop("kind", "federation")
+    if name not in KINDS:
+        raise ConfigError(
+            f"{source}: kind={inline(name)}: must be one of {', '.join(KINDS)}{nearest(str(name), KINDS)}"
+        )
+    if wanted is not None and KINDS[name] is not wanted:
+        says = f"kind: {name}" if name == "personal" else "no `kind: personal` at its top"
+        raise ConfigError(f"{source}: has {says}; it is for `{_COMMANDS[name]}`")
+    return KINDS[name]  # type: ignore[return-value]
 
 
 def find_recipe(recipe: str | Path) -> Path:
@@ -248,24 +316,26 @@ def _place(tree: dict[str, Any], key: str, value: object) -> str | None:
     return None
 
 
-def _from_tree(tree: dict[str, Any], *, source: str, faults: list[str]) -> RunFile:
-    faults += [unknown_key(key, _LAYOUT) for key in tree if key not in RunFile.model_fields]
-    loose = {key: value for key, value in tree.items() if key in _Top.model_fields}
-    top, found = section_faults("", {"": _Top}, loose)
+def _from_tree(tree: dict[str, Any], *, kind: type[Kind], source: str, faults: list[str]) -> Kind:
+    sections = kind.sections()
+    layout: Layout = {"": kind, **sections}
+    faults += [unknown_key(key, layout) for key in tree if key not in kind.model_fields]
+    loose = {key: value for key, value in tree.items() if key in RunKind.model_fields}
+    top, found = section_faults("", {"": RunKind}, loose)
     faults += found
     valid: dict[str, Any] = {}
-    for name in SECTIONS:
+    for name in sections:
         raw = tree.get(name)
-        section, found = section_faults(name, _LAYOUT, {} if raw is None else raw)
+        section, found = section_faults(name, layout, {} if raw is None else raw)
         faults += found
         if section is not None:
             valid[name] = section
     # Sections that are broken stand in with their defaults, and rules that read them are left out.
-    draft = RunFile.model_construct(**valid)
-    faults += conflicts(draft, broken=SECTIONS.keys() - valid.keys())
+    draft = kind.model_construct(**valid)
+    faults += conflicts(draft, broken=sections.keys() - valid.keys())
     if faults or top is None:
         raise ConfigError(_listed(source, faults))
-    return RunFile(**top.model_dump(), **valid)
+    return kind(**top.model_dump(), **valid)
 
 
 def _listed(source: str, faults: Sequence[str]) -> str:
@@ -277,15 +347,16 @@ def _listed(source: str, faults: Sequence[str]) -> str:
 # --- Writing ---------------------------------------------------------------------------------------------------------
 
 
-def resolved(run: RunFile) -> dict[str, Any]:
+def resolved(run: RunKind) -> dict[str, Any]:
     """Return the run with every default filled in, in plain YAML types."""
     return run.model_dump(mode="json")
 
 
-def to_yaml(run: RunFile) -> str:
+def to_yaml(run: RunKind) -> str:
     """Return the resolved run as YAML, every key with its documentation as a trailing comment."""
-    blocks = [_lines(run, [name for name in RunFile.model_fields if name not in SECTIONS], indent="")]
-    for name, kind in SECTIONS.items():
+    sections = run.sections()
+    blocks = [_lines(run, [name for name in type(run).model_fields if name not in sections], indent="")]
+    for name, kind in sections.items():
         purpose = " ".join((kind.__doc__ or "").split()).removeprefix(f"`{name}:`, ").rstrip(".")
         blocks.append([f"{name}:  # {purpose}", *_lines(getattr(run, name), list(kind.model_fields), indent="  ")])
     return "\n\n".join("\n".join(block) for block in blocks) + "\n"
@@ -299,18 +370,23 @@ def _lines(section: Section, keys: Sequence[str], *, indent: str) -> list[str]:
     return [f"{entry:<{column}}  # {note}" if note else entry for entry, note in zip(entries, notes, strict=True)]
 
 
-def schema() -> dict[str, Any]:
-    """Return the JSON schema of a run file, for editors that complete and check YAML."""
-    return RunFile.model_json_schema()
+def schema(kind: str = "federation") -> dict[str, Any]:
+    """Return the JSON schema of run files of one kind, for editors that complete and check YAML.
+
+    Raises ConfigError with the nearest kind for an unknown one.
+    """
+    if kind not in KINDS:
+        raise ConfigError(f"there are no run files of kind '{kind}'{nearest(kind, KINDS)}")
+    return KINDS[kind].model_json_schema()
 
 
-def result_digest(run: RunFile) -> str:
+def result_digest(run: RunKind) -> str:
     """Return a SHA-256 over everything in the run file that its result depends on (64 hex digits)."""
     effective = {key: value for key, value in _flat(resolved(run)).items() if key not in _WITHOUT_EFFECT}
     return hashlib.sha256(json.dumps(effective, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def differences(one: RunFile, other: RunFile) -> list[str]:
+def differences(one: RunKind, other: RunKind) -> list[str]:
     """Return the dotted keys in which two runs differ, in the order of the file."""
     left, right = _flat(resolved(one)), _flat(resolved(other))
     return [key for key in {**left, **right} if left.get(key) != right.get(key)]
@@ -318,5 +394,6 @@ def differences(one: RunFile, other: RunFile) -> list[str]:
 
 def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Return dotted keys and values; what is below a key, such as options or shares, is that key's value."""
-    loose = {key: value for key, value in tree.items() if key not in SECTIONS}
-    return loose | {f"{name}.{key}": value for name in SECTIONS for key, value in tree[name].items()}
+    loose = {key: value for key, value in tree.items() if not isinstance(value, Mapping)}
+    sections = {name: keys for name, keys in tree.items() if isinstance(keys, Mapping)}
+    return loose | {f"{name}.{key}": value for name, keys in sections.items() for key, value in keys.items()}

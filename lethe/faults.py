@@ -18,28 +18,28 @@ from lora.errors import nearest
 Layout = Mapping[str, type[Section]]
 """The sections of a run file by name; the name "" stands for the keys above all sections."""
 
-# Names from other tools: likeness of spelling would find none of ours, or a wrong one.
-_ELSEWHERE = {
-    "batch_size": "training.batch",
-    "dataset": "data.name",
-    "epochs": "training.steps",
-    "eps": "privacy.epsilon",
-    "learning_rate": "training.rate",
-    "local_epochs": "training.steps",
-    "local_steps": "training.steps",
-    "lora_alpha": "adapter.alpha",
-    "lora_r": "adapter.rank",
-    "lr": "training.rate",
-    "max_grad_norm": "privacy.clip",
-    "mu": "training.proximal",
-    "num_clients": "federation.clients",
-    "num_rounds": "federation.rounds",
-    "r": "adapter.rank",
-    "seq_len": "task.max_length",
-    "sigma": "privacy.noise_multiplier",
-    "target_delta": "privacy.delta",
-    "target_epsilon": "privacy.epsilon",
-    "target_modules": "adapter.targets",
+# Names from other tools, and ours for them in either kind of run file: likeness of spelling would find a wrong one.
+_ELSEWHERE: Mapping[str, tuple[str, ...]] = {
+    "batch_size": ("training.batch", "personal.batch"),
+    "dataset": ("data.name", "ratings.path"),
+    "epochs": ("training.steps", "personal.epochs"),
+    "eps": ("privacy.epsilon",),
+    "learning_rate": ("training.rate", "personal.rate"),
+    "local_epochs": ("training.steps",),
+    "local_steps": ("training.steps",),
+    "lora_alpha": ("adapter.alpha",),
+    "lora_r": ("adapter.rank",),
+    "lr": ("training.rate", "personal.rate"),
+    "max_grad_norm": ("privacy.clip",),
+    "mu": ("training.proximal",),
+    "num_clients": ("federation.clients",),
+    "num_rounds": ("federation.rounds",),
+    "r": ("adapter.rank",),
+    "seq_len": ("task.max_length", "personal.max_length"),
+    "sigma": ("privacy.noise_multiplier",),
+    "target_delta": ("privacy.delta",),
+    "target_epsilon": ("privacy.epsilon",),
+    "target_modules": ("adapter.targets",),
 }
 _REASONS = {
     "name": "letters, digits, dots, dashes and underscores, at most 100, the first a letter or digit",
@@ -73,8 +73,9 @@ def section_faults(name: str, layout: Layout, raw: object) -> tuple[Section | No
 def unknown_key(key: str, layout: Layout) -> str:
     """Say that the dotted `key` is unknown and which known one, over all sections, is nearest."""
     section, _, leaf = key.rpartition(".")
-    if leaf in _ELSEWHERE:
-        return f"{key}: there is no such key; did you mean '{_ELSEWHERE[leaf]}'?"
+    for ours in _ELSEWHERE.get(leaf, ()):
+        if ours.partition(".")[0] in layout:
+            return f"{key}: there is no such key; did you mean '{ours}'?"
     known = [_dotted(home, field) for home, kind in layout.items() for field in kind.model_fields]
     score, best = max((_likeness(key, candidate, leaf), candidate) for candidate in known)
     if score >= 0.65:
@@ -123,7 +124,9 @@ def _wrong_value(name: str, key: str, value: object, kind: type[Section]) -> str
 
 def _remedy(value: object, field: FieldInfo) -> str:
     choices = _choices(field.annotation)
-    hint = nearest(value, choices) if isinstance(value, str) and choices else ""
+    words = [value] if isinstance(value, str) else value if isinstance(value, list | tuple) else []
+    wrong = [word for word in words if isinstance(word, str) and word not in choices]
+    hint = nearest(wrong[0], choices) if wrong and choices else ""
     if "did you mean" in hint:
         return hint
     quotes = "; put it in quotes" if _takes_text(field.annotation) and isinstance(value, bool | float) else ""
@@ -154,6 +157,8 @@ def _described(kind: Any) -> str:
 
 
 def _several(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return ", ".join(map(str, get_args(kind)))
     return _PLURAL.get(kind) or f"lists of {_several(get_args(kind)[0])}"
 
 
@@ -164,7 +169,8 @@ def _is_union(kind: Any) -> bool:
 def _choices(kind: Any) -> Sequence[str]:
     if get_origin(kind) is Literal:
         return [str(each) for each in get_args(kind)]
-    return [each for inner in get_args(kind) for each in _choices(inner)] if _is_union(kind) else []
+    nested = _is_union(kind) or get_origin(kind) is tuple
+    return [each for inner in get_args(kind) for each in _choices(inner)] if nested else []
 
 
 def _takes_text(kind: Any) -> bool:

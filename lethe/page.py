@@ -1,9 +1,13 @@
-"""The style of the report: light and dark by the reader's setting, nothing loaded from anywhere."""
+"""The frame and the style of reports: light and dark by the reader's setting, nothing loaded from anywhere."""
+
+from collections.abc import Iterable, Sequence
+from html import escape
 
 _HUES = {
     "light": ("#a8abb0", "#2f6fd0", "#d9622b", "#169a72", "#b98300", "#8456c9", "#c93d77", "#4a9bb5", "#7a8b2a"),
     "dark": ("#70757c", "#6ea3f0", "#f08a55", "#43c39a", "#e0b040", "#af8bea", "#ec75a4", "#78c3da", "#aebd58"),
 }
+_TALL = 15
 _BASE = """
 * { box-sizing: border-box }
 body { margin: 0; background: var(--bg); color: var(--ink); font: 15px/1.5 system-ui, sans-serif }
@@ -76,3 +80,55 @@ _CHARTS = "".join(
 
 STYLE = f":root{{color-scheme:light dark}}{_LIGHT}\n@media(prefers-color-scheme:dark){{{_DARK}}}{_BASE}{_CHARTS}"
 """The whole style sheet; classes f0 to f8 fill, s0 to s8 stroke, c0 to c8 colour a legend's key."""
+
+
+def document(name: str, top: str, sections: Iterable[tuple[str, str]], *, footer: str) -> str:
+    """Return a whole page; sections without content are left out."""
+    body = "".join(f"<section><h2>{escape(title)}</h2>{content}</section>" for title, content in sections if content)
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(name)}</title>'
+        f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{STYLE}</style></head><body><main>'
+        f"{top}{body}{footer}</main></body></html>\n"
+    )
+
+
+def header(name: str, facts: Iterable[str], *, finished: bool) -> str:
+    """Return the run's name, whether it has finished, and facts in one line."""
+    state, style = ("finished", "done") if finished else ("not finished", "open")
+    shown = " · ".join(map(escape, facts))
+    return f'<header><h1>{escape(name)} <span class="chip {style}">{state}</span></h1><p>{shown}</p></header>'
+
+
+def tile_list(tiles: Iterable[tuple[str, str, str]]) -> str:
+    """Return headline figures: name, value, note."""
+    boxes = "".join(
+        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd><p>{escape(note)}</p></div>"
+        for name, value, note in tiles
+    )
+    return f'<dl class="tiles">{boxes}</dl>'
+
+
+def grid(charts: Sequence[str]) -> str:
+    """Put charts side by side."""
+    shown = "".join(charts)
+    return f'<div class="grid">{shown}</div>' if shown else ""
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table, which scrolls when it is long."""
+    top = "".join(f"<th>{escape(each)}</th>" for each in head)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    style = "scroll tall" if len(rows) > _TALL else "scroll"
+    return f'<div class="{style}"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def settings_of(config: str) -> str:
+    """Return the run file, folded away."""
+    return f"<details><summary>config.yaml</summary><pre>{escape(config)}</pre></details>" if config else ""
+
+
+def duration(seconds: float) -> str:
+    """Write seconds in a unit that suits them."""
+    if seconds < 120:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

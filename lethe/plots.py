@@ -164,8 +164,9 @@ def lines(
     resumed: Sequence[int] = (),
     from_zero: bool = False,
     note: str = "",
+    label: str = "round",
 ) -> str:
-    """Chart lines over rounds, with bands, dashed levels and marks where the run was resumed."""
+    """Chart lines over rounds (or what `label` says), with bands, dashed levels and marks where the run was resumed."""
     series = [_finite(each) for each in series]
     heights = [y for each in series for _, y in each.points] + [1.04 * level.value for level in levels]
     heights += [edge for each in series for _, low, high in each.band for edge in (low, high)]
@@ -174,13 +175,13 @@ def lines(
         return ""
     canvas = Canvas(_widened(min(rounds), max(rounds)), _padded(heights, from_zero=from_zero))
     canvas.y_axis(form)
-    canvas.x_axis("round", [(x, f"{x:g}") for x in ticks(*canvas.x_range, whole=True)])
+    canvas.x_axis(label, [(x, f"{x:g}") for x in ticks(*canvas.x_range, whole=True)])
     for mark in resumed:
         canvas.line((canvas.x(mark), _TOP), (canvas.x(mark), canvas.height - _BOTTOM), "resumed")
     for level in levels:
         canvas.line((canvas.left, canvas.y(level.value)), (canvas.width - _RIGHT, canvas.y(level.value)), "level")
     for each in series:
-        _draw(canvas, each, form)
+        _draw(canvas, each, form, label)
     legend = [(f"c{each.hue}", each.name) for each in series] if len(series) > 1 or levels else []
     legend += [("level", f"{level.name} {form(level.value)}") for level in levels]
     legend += [("resumed", "resumed")] if resumed else []
@@ -193,13 +194,13 @@ def _finite(series: Series) -> Series:
     return replace(series, points=points, band=band)
 
 
-def _draw(canvas: Canvas, series: Series, form: Format) -> None:
+def _draw(canvas: Canvas, series: Series, form: Format, label: str) -> None:
     if len(series.band) > 1:
         canvas.area(series.band, f"band f{series.hue}")
     canvas.path(series.points, f"curve s{series.hue}{' dashed' if series.dashed else ''}")
     radius = 3 if len(series.points) <= 40 else 1.6
     for x, y in series.points:
-        canvas.dot(canvas.x(x), canvas.y(y), style=f"f{series.hue}", tip=f"round {x:g}: {form(y)}", radius=radius)
+        canvas.dot(canvas.x(x), canvas.y(y), style=f"f{series.hue}", tip=f"{label} {x:g}: {form(y)}", radius=radius)
 
 
 def _widened(low: float, high: float) -> tuple[float, float]:
@@ -271,7 +272,13 @@ def _short(name: str, length: int = 12) -> str:
 
 
 def heat(
-    title: str, rows: Sequence[str], columns: Sequence[str], shares: Sequence[Sequence[float]], *, note: str = ""
+    title: str,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    shares: Sequence[Sequence[float]],
+    *,
+    note: str = "",
+    label: str = "client",
 ) -> str:
     """Chart a share in [0, 1] for every row and column; the darker, the larger, scaled to the largest."""
     if not rows or not columns:
@@ -286,10 +293,10 @@ def heat(
         canvas.text(canvas.left - 7, y + cell / 2 + 4, _short(row, 20), "end")
         for j, column in enumerate(columns):
             if shares[i][j] > 0:
-                tip = f"{row}, client {column}: {percent(shares[i][j])}"
+                tip = f"{row}, {label} {column}: {percent(shares[i][j])}"
                 shade = 0.08 + 0.92 * shares[i][j] / largest
                 canvas.box(canvas.x(j), y, width - 0.5, cell - 0.5, style="f1", tip=tip, opacity=shade)
-    canvas.x_axis("client", _thinned(columns, canvas))
+    canvas.x_axis(label, _thinned(columns, canvas))
     return figure(title, canvas.svg(title), note=note, wide=True)
 
 

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bar
 from rich.text import Text
 
+UNTRAINED = "no epoch of RecLoRA was better on validation rows than its start: its adapters are still zero"
 _PLACES = (
     ("adapter", "adapter_path", "adapter"),
     ("report", "report_path", "report.html"),
@@ -21,8 +22,10 @@ _PLACES = (
 class Progress:
     """Follows one run; use it as a context manager, so that the terminal is left in order whatever happens."""
 
-    def __init__(self, *, rounds: int, quiet: bool = False, console: Console | None = None) -> None:
-        self.rounds = rounds
+    def __init__(
+        self, *, rounds: int, unit: str = "round", quiet: bool = False, console: Console | None = None
+    ) -> None:
+        self.rounds, self.unit = rounds, unit
         self.directory: Path | None = None
         """The run's directory, once it is known."""
         self._quiet = quiet
@@ -46,14 +49,18 @@ class Progress:
             self.note(f"  {line}")
         if self._console.is_terminal and not self._quiet:
             self._bar = _bar(self._console)
-            self._task = self._bar.add_task("round", total=self.rounds)
+            self._task = self._bar.add_task(self.unit, total=self.rounds)
             self._bar.start()
 
     def round_done(self, record: Mapping[str, Any]) -> None:
         """Show one round's line of the metrics; rounds that a resume skipped count as done."""
-        self.note(round_line(record, rounds=self.rounds))
+        self.done(round_line(record, rounds=self.rounds), int(record["round"]))
+
+    def done(self, line: str, completed: int) -> None:
+        """Show one line, and that so many rounds (or what `unit` says) are complete."""
+        self.note(line)
         if self._bar is not None:
-            self._bar.update(self._task, completed=int(record["round"]))
+            self._bar.update(self._task, completed=completed)
 
     def note(self, line: str) -> None:
         """Show one line, above the bar where there is one."""
@@ -120,13 +127,33 @@ def _refusals(refused: Sequence[Mapping[str, Any]]) -> str:
 def outcome_lines(summary: Mapping[str, Any]) -> list[str]:
     """Return the outcome in one or two lines; an epsilon always with delta, unit, sampling and `simulated`."""
     start, final = summary.get("accuracy_initial"), summary.get("accuracy_final")
-    lines = []
+    lines = personal_lines(summary) if "auc_reclora" in summary else []
     if final is not None:
         before = f"{start:.1%} -> " if start is not None else ""
         lines.append(f"accuracy {before}{final:.1%} after {summary.get('rounds', '?')} rounds")
     if summary.get("epsilon_max") is not None:
         lines.append(f"privacy  {epsilon_words(summary)}")
     return lines
+
+
+def personal_lines(summary: Mapping[str, Any]) -> list[str]:
+    """Return what personal adapters gain: over one LoRA for all, on top of the stack, and what swapping them costs."""
+    seeds = summary["seeds"]
+    end = f"{summary['test_rows']:,} test rows, {seeds} seed{'s'[: seeds > 1]}"
+    gains = [f"{each['one']} - {each['other']} {_interval(each)}" for each in summary["differences"]]
+    return [
+        f"AUC      recommender {summary['auc_recommender']:.4f}  single LoRA {summary['auc_single_lora']:.4f}  "
+        f"RecLoRA {summary['auc_reclora']:.4f}  stack {summary['auc_stack']:.4f}  "
+        f"with RecLoRA {summary['auc_stack_with_reclora']:.4f}  ({end})",
+        *(f"{'AUC gain' if not i else '':<8} {gain}" for i, gain in enumerate(gains)),
+        f"gate     entropy {summary['gate_entropy_share']:.0%} of uniform, another user's gate costs "
+        f"{summary['swap_auc_drop']:+.4f} AUC{', collapsed' if summary['gate_collapsed'] else ''}",
+        *([f"kept     {UNTRAINED}"] if summary["untrained"] else []),
+    ]
+
+
+def _interval(each: Mapping[str, Any]) -> str:
+    return f"{each['value']:+.4f} [{each['low']:+.4f}, {each['high']:+.4f}]"
 
 
 def epsilon_words(summary: Mapping[str, Any]) -> str:

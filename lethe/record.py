@@ -50,6 +50,10 @@ class RunRecord:
     """Rounds at which the run was resumed."""
     end: Mapping[str, Any] = field(default_factory=dict)
     """The `end` line; empty while the run is not finished."""
+    arms: tuple[Mapping[str, Any], ...] = ()
+    """Of a personal run: one line per arm and seed, with its figures and the curve of its training."""
+    portrait: Mapping[str, Any] = field(default_factory=dict)
+    """Of a personal run: the user that is shown."""
     summary: Mapping[str, Any] = field(default_factory=dict)
     """summary.json; empty while the run is not finished."""
     config: str = ""
@@ -63,6 +67,11 @@ class RunRecord:
         except ConfigError:
             return {}
         return tree if isinstance(tree, dict) else {}
+
+    @property
+    def personal(self) -> bool:
+        """Whether the run compares personal adapters, and is no federation."""
+        return bool(self.settings.get("kind") == "personal")
 
     @property
     def causal(self) -> bool:
@@ -145,6 +154,8 @@ def read_record(directory: Path) -> RunRecord:
         rounds=tuple(rounds[number] for number in sorted(rounds)),
         resumed=tuple(int(line["round"]) for line in lines if line.get("kind") == "resumed"),
         end=ends[-1] if ends else {},
+        arms=tuple(line for line in lines if line.get("kind") == "arm"),
+        portrait=next((line for line in lines if line.get("kind") == "portrait"), {}),
         summary=_summary(directory / "summary.json"),
         config=_text(directory / "config.yaml"),
     )

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lethe import plots
-from lethe.page import STYLE
+from lethe.page import document, duration, grid, header, settings_of, table, tile_list
+from lethe.personal_report import personal_page
 from lethe.plots import Format, Level, Series, percent, plain, size
 from lethe.record import RunRecord, natural, read_record
 
@@ -25,7 +26,6 @@ _REASONS = {
 _LABELS = 40
 _BARS = 200
 _ROWS = 500
-_TALL = 15
 
 
 def write_report(run_dir: Path) -> Path:
@@ -34,9 +34,10 @@ def write_report(run_dir: Path) -> Path:
     Raises RunError when the run has no metrics yet, or when they are damaged.
     """
     record = read_record(run_dir)
+    text = personal_page(record) if record.personal else page(record)
     path = run_dir / "report.html"
     aside = path.with_name("report.html.part")
-    aside.write_text(page(record), encoding="utf-8")
+    aside.write_text(text, encoding="utf-8")
     os.replace(aside, path)
     return path
 
@@ -51,14 +52,9 @@ def page(record: RunRecord) -> str:
         ("Clients", _clients(record)),
         ("Refused replies", _refused(record)),
         ("Time", _time(record)),
-        ("The run file, all defaults filled in", _config(record)),
+        ("The run file, all defaults filled in", settings_of(record.config)),
     ]
-    body = "".join(f"<section><h2>{escape(title)}</h2>{content}</section>" for title, content in sections if content)
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(name)}</title>'
-        f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{STYLE}</style></head><body><main>'
-        f"{_header(name, record)}{_tiles(record)}{body}{_footer(record)}</main></body></html>\n"
-    )
+    return document(name, _header(name, record) + _tiles(record), sections, footer=_footer(record))
 
 
 def _header(name: str, record: RunRecord) -> str:
@@ -70,9 +66,7 @@ def _header(name: str, record: RunRecord) -> str:
         f"{record.done} of {record.planned or record.done} rounds",
         f"engine {record.start['engine']}" if record.start.get("engine") else None,
     ]
-    state, style = ("finished", "done") if record.finished else ("not finished", "open")
-    shown = " · ".join(escape(str(fact)) for fact in facts if fact)
-    return f'<header><h1>{escape(name)} <span class="chip {style}">{state}</span></h1><p>{shown}</p></header>'
+    return header(name, [str(fact) for fact in facts if fact], finished=record.finished)
 
 
 # --- Headline figures ------------------------------------------------------------------------------------------------
@@ -83,12 +77,8 @@ def _tiles(record: RunRecord) -> str:
     tiles += _aggregation_tile(record)
     tiles.append(("Refused replies", str(len(record.refused)), _reason_counts(record) or "every reply was used"))
     if record.summary.get("wall_s") is not None:
-        tiles.append(("Time", _duration(record.summary["wall_s"]), f"{record.done} rounds"))
-    boxes = "".join(
-        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd><p>{escape(note)}</p></div>"
-        for name, value, note in tiles
-    )
-    return f'<dl class="tiles">{boxes}</dl>'
+        tiles.append(("Time", duration(record.summary["wall_s"]), f"{record.done} rounds"))
+    return tile_list(tiles)
 
 
 def _accuracy_tile(record: RunRecord) -> tuple[str, str, str]:
@@ -174,12 +164,6 @@ def _first(*values: float | None) -> float | None:
     return next((value for value in values if value is not None), None)
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
 # --- Sections --------------------------------------------------------------------------------------------------------
 
 
@@ -196,7 +180,7 @@ def _quality(record: RunRecord) -> str:
             "Loss on the validation split", [Series("loss", record.series("loss"))], form=plain, resumed=record.resumed
         ),
     ]
-    return _grid(charts)
+    return grid(charts)
 
 
 def _privacy(record: RunRecord) -> str:
@@ -218,7 +202,7 @@ def _privacy(record: RunRecord) -> str:
     )
     spent = record.epsilon
     each = _by_client("Epsilon by client, sorted", spent, form=plain, levels=levels)
-    return _grid([chart, each]) + _assumptions(privacy)
+    return grid([chart, each]) + _assumptions(privacy)
 
 
 def _assumptions(privacy: Mapping[str, Any]) -> str:
@@ -263,7 +247,7 @@ def _traffic(record: RunRecord) -> str:
         plots.lines("Bytes by round, all clients", by_round, form=size, from_zero=True),
         plots.lines("Sent since the start", in_all, form=size, from_zero=True),
     ]
-    return _grid(charts)
+    return grid(charts)
 
 
 def _cumulated(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -286,7 +270,7 @@ def _clients(record: RunRecord) -> str:
         _participation(record),
         _client_accuracy(record),
     ]
-    return _grid(charts) + _client_table(record)
+    return grid(charts) + _client_table(record)
 
 
 def _holdings(record: RunRecord) -> str:
@@ -368,7 +352,7 @@ def _client_table(record: RunRecord) -> str:
     ]
     head = ["client", "examples", "rounds used", "refused", "epsilon", "accuracy"]
     left_out = f"<p>The first {_ROWS} of {len(record.clients)}.</p>" if len(record.clients) > _ROWS else ""
-    return f"<details><summary>All clients in a table</summary>{_table(head, rows)}{left_out}</details>" if rows else ""
+    return f"<details><summary>All clients in a table</summary>{table(head, rows)}{left_out}</details>" if rows else ""
 
 
 def _cell(value: float | None) -> str:
@@ -387,11 +371,11 @@ def _refused(record: RunRecord) -> str:
         ]
         for number, each in record.refused
     ]
-    table = _table(["round", "client", "reason", "detail"], rows[:_ROWS])
+    listed = table(["round", "client", "reason", "detail"], rows[:_ROWS])
     seen = {str(each.get("reason")) for _, each in record.refused}
     words = "; ".join(f"{reason}: {_REASONS[reason]}" for reason in sorted(seen & _REASONS.keys()))
     left_out = f" The first {_ROWS} of {len(rows)}." if len(rows) > _ROWS else ""
-    return f'{table}<p class="quiet">{escape(words)}.{left_out}</p>'
+    return f'{listed}<p class="quiet">{escape(words)}.{left_out}</p>'
 
 
 def _time(record: RunRecord) -> str:
@@ -403,16 +387,10 @@ def _time(record: RunRecord) -> str:
         return ""
     numbers = [str(each["round"]) for each in record.rounds]
     layers = [
-        (f"{phase} ({_duration(total)})", [float((each.get("seconds") or {}).get(phase, 0)) for each in record.rounds])
+        (f"{phase} ({duration(total)})", [float((each.get("seconds") or {}).get(phase, 0)) for each in record.rounds])
         for phase, total in totals.most_common()
     ]
-    return _grid([plots.bars("Seconds by round", numbers, layers, form=plain, label="round", wide=True)])
-
-
-def _config(record: RunRecord) -> str:
-    if not record.config:
-        return ""
-    return f"<details><summary>config.yaml</summary><pre>{escape(record.config)}</pre></details>"
+    return grid([plots.bars("Seconds by round", numbers, layers, form=plain, label="round", wide=True)])
 
 
 def _footer(record: RunRecord) -> str:
@@ -429,15 +407,3 @@ def _footer(record: RunRecord) -> str:
     ]
     files = " · ".join(f"<code>{escape(name)}</code>" for name in there)
     return f"<footer>{digest}<p>Beside this file: {files}</p></footer>"
-
-
-def _grid(charts: Sequence[str]) -> str:
-    shown = "".join(charts)
-    return f'<div class="grid">{shown}</div>' if shown else ""
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    top = "".join(f"<th>{escape(each)}</th>" for each in head)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    style = "scroll tall" if len(rows) > _TALL else "scroll"
-    return f'<div class="{style}"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'

@@ -1,9 +1,6 @@
 """Runs: a directory, a federation played into it, and a report."""
 
 import json
-import os
-import re
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +8,8 @@ from typing import Any
 
 from client.config import TrainingConfig
 from client.job import private_plan
-from lethe.config import RunFile, load_run_file, resolved, to_yaml
+from lethe.config import RunFile, load_run_file, resolved
+from lethe.directory import CONFIG, METRICS, REPORT, SUMMARY, check_free, new_directory
 from lethe.progress import Progress
 from lethe.record import read_record
 from lethe.report import write_report
@@ -20,8 +18,8 @@ from privacy.plan import assumptions
 from simulation.engine import LEDGER, Stage, play
 from strategies.federated.job import World
 
-CONFIG, METRICS, SUMMARY, REPORT = "config.yaml", "metrics.jsonl", "summary.json", "report.html"
 _ROOF = ("name", "simulation")
+_RESUME = ", or go on with it: lethe resume {name}"
 
 
 def simulate(run: RunFile, *, root: Path = Path("runs"), recipe: str = "run", progress: Progress | None = None) -> Path:
@@ -30,10 +28,9 @@ def simulate(run: RunFile, *, root: Path = Path("runs"), recipe: str = "run", pr
     Data and model are loaded first, so that a mistake in the run file leaves nothing behind. Raises RunError when the
     named directory exists.
     """
-    if run.name is not None and (root / run.name).exists():
-        raise _taken(root / run.name)
+    check_free(root, run, remedy=_RESUME)
     world = _prepared(Stage(_sections(run), root))
-    directory = _new_directory(root, run, recipe=recipe)
+    directory = new_directory(root, run, recipe=recipe, remedy=_RESUME)
     return _play(run, directory, world, recipe=recipe, progress=progress)
 
 
@@ -93,35 +90,6 @@ def _prepared(stage: Stage) -> World:
             if size >= job.training.min_examples:
                 private_plan(job, size)
     return world
-
-
-def _new_directory(root: Path, run: RunFile, *, recipe: str) -> Path:
-    """Make the run's directory with its config inside: written aside and renamed, so that no half-made run is seen."""
-    aside = root / f".new.{os.getpid()}"
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        (aside / CONFIG).write_text(to_yaml(run))
-        directory = root / (run.name or _next_name(root, Path(recipe).stem))
-        if directory.exists():
-            raise _taken(directory)
-        return aside.rename(directory)
-    except OSError as error:
-        raise RunError(
-            f"no run directory can be made below {root} ({error.strerror}); name a writable place"
-        ) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _next_name(root: Path, stem: str) -> str:
-    taken = [int(m[1]) for p in root.iterdir() if (m := re.fullmatch(rf"{re.escape(stem)}-(\d+)", p.name))]
-    return f"{stem}-{max(taken, default=0) + 1:03d}"
-
-
-def _taken(directory: Path) -> RunError:
-    name = directory.name
-    return RunError(f"{directory} exists already; choose another name=…, or go on with it: lethe resume {name}")
 
 
 def _about(run: RunFile, world: World) -> dict[str, Any]:

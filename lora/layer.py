@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lora.errors import ModelError
 from lora.frame import Site
 from lora.gradients import GradientSink
+from lora.overlay import Overlaying
 
 
 def _grouped(x: Tensor, matrix: Tensor) -> Tensor:
@@ -118,11 +119,15 @@ def _groups(matrix: Tensor) -> int | None:
 
 @dataclass(frozen=True)
 class Bound:
-    """What is bound to the layers: factors by site (A, B), where gradients go, and what makes autograd ask for them."""
+    """What is bound to the layers: factors by site (A, B), where gradients go, and what makes autograd ask for them.
+
+    An overlay adds updates with frames of their own to some rows.
+    """
 
     factors: Mapping[str, tuple[Tensor, Tensor]]
     sink: GradientSink | None
     anchor: Tensor | None
+    overlay: Overlaying | None = None
 
 
 class Binding(threading.local):
@@ -180,4 +185,5 @@ class AdaptedLinear(nn.Module):
         y: Tensor = FusedLoRA.apply(  # type: ignore[no-untyped-call]
             x3, self.weight, self.bias, a, b, self.scale, self.site.name, bound.sink, bound.anchor
         )
-        return y if x.dim() == 3 else y.reshape(*x.shape[:-1], -1)
+        y = y if x.dim() == 3 else y.reshape(*x.shape[:-1], -1)
+        return y if bound.overlay is None else bound.overlay.add(self.site.name, x, y, scale=self.scale)

@@ -12,6 +12,7 @@ from lora.errors import ModelError
 from lora.frame import Frame, Site
 from lora.gradients import GradientSink
 from lora.layer import AdaptedLinear, Binding, Bound
+from lora.overlay import Overlaying
 from lora.recompute import Recomputed, block_names
 from lora.targets import find_sites
 
@@ -60,12 +61,17 @@ class AdaptedModel:
         return tuple(Entry(part, name, shape) for name, shape in shapes)
 
     @contextmanager
-    def bound(self, blocks: Blocks, *, sink: GradientSink | None = None) -> Iterator[nn.Module]:
-        """Answer, in this thread, with the given factors (A defaults to the frame); gradients go to `sink`."""
+    def bound(
+        self, blocks: Blocks, *, sink: GradientSink | None = None, overlay: Overlaying | None = None
+    ) -> Iterator[nn.Module]:
+        """Answer, in this thread, with the given factors (A defaults to the frame); gradients go to `sink`.
+
+        An overlay adds to some rows what they get on top.
+        """
         device = next(self.base.parameters()).device
         frame = self.frame.matrices
         factors = {name: (blocks.get(("A", name), frame[name].to(device)), blocks["B", name]) for name in self.layers}
-        with self._binding.of(Bound(factors, sink, self._anchor if sink is not None else None)):
+        with self._binding.of(Bound(factors, sink, self._anchor if sink is not None else None, overlay)):
             yield self.base
 
     @property

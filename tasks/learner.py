@@ -17,6 +17,7 @@ from lora.config import AdapterConfig
 from lora.errors import ModelError
 from lora.gradients import ExampleGradients, GradientSink
 from lora.model import AdaptedModel
+from lora.overlay import Overlaying
 from tasks.config import ModelConfig, TaskConfig
 from tasks.device import Room, free_bytes
 from tasks.examples import Examples
@@ -181,13 +182,15 @@ class Learner:
         """Return the files that leave beside them, by name."""
         return {}
 
-    def answers(self, values: Tensor, batch: Batch, *, sink: GradientSink | None = None) -> Answers:
+    def answers(
+        self, values: Tensor, batch: Batch, *, sink: GradientSink | None = None, overlay: Overlaying | None = None
+    ) -> Answers:
         """Answer a batch with one vector `[size]`, or with one for each group of rows, `[groups, size]`.
 
-        Both move to the base's device, where the answers stay.
+        Both move to the base's device, where the answers stay. An overlay adds slots with frames of their own to rows.
         """
         batch, blocks = batch.to(self.device), self.layout.views(values.to(self.device))
-        with self.adapted.bound(blocks, sink=sink) as model:
+        with self.adapted.bound(blocks, sink=sink, overlay=overlay) as model:
             return self.task.answer(model, batch, blocks, sink)
 
     def batches(self, rows: Sequence[tuple[Tokens, int]], *, group: int = 1) -> list[tuple[NDArray[np.int64], Batch]]:

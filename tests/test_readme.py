@@ -19,8 +19,9 @@ import pytest
 import yaml
 
 from lethe.cli import main
-from lethe.config import load_run_file, recipes
+from lethe.config import PersonalRun, load_any, load_run_file, recipes
 from lethe.progress import Progress
+from tests.ratings import LITTLE, first_users, write_ratings
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -83,6 +84,8 @@ def lethe(command: str, capsys: pytest.CaptureFixture[str]) -> Shown:
     words = shlex.split(command.split(">", maxsplit=1)[0])[1:]
     if words[0] == "simulate":
         words += [*SMALL, *SMALL_DATA.get(words[1], [])]
+    if words[0] == "personalize":
+        words += LITTLE if "ratings.path" in command else [*LITTLE, f"ratings.path={write_ratings(Path('ratings'))}"]
     return Shown(main(words), capsys.readouterr().out)
 
 
@@ -124,7 +127,18 @@ def test_a_simulation_leaves_a_whole_run(command: str, here: Path, capsys: pytes
     assert (run / "ledger.sqlite").exists() == private == (summary["epsilon_max"] is not None)
 
 
-@pytest.mark.parametrize("command", [command for command in LOCAL if "simulate" not in command])
+@pytest.mark.parametrize("command", [command for command in LOCAL if "personalize" in command])
+def test_a_personal_run_leaves_a_whole_run(command: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {*(here / "runs").iterdir()}
+    assert lethe(command, capsys).code == 0
+    (run,) = {*(here / "runs").iterdir()} - before
+    assert {"config.yaml", "metrics.jsonl", "summary.json", "adapter", "report.html"} <= {p.name for p in run.iterdir()}
+    assert json.loads((run / "summary.json").read_text())["users"] == 30
+
+
+@pytest.mark.parametrize(
+    "command", [command for command in LOCAL if "simulate" not in command and "personalize" not in command]
+)
 def test_a_command_succeeds_and_says_something(command: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown = lethe(command, capsys)
     assert shown.code == 0
@@ -147,6 +161,8 @@ def test_a_recipe_takes_a_local_copy(command: str, here: Path, capsys: pytest.Ca
     paths = re.findall(r"\.path=(\S+)", command)
     if not all(Path(path).exists() for path in paths):
         pytest.skip(f"no local copy beside the checkout: {', '.join(paths)}")
+    if "ratings.path" in command:
+        command = command.replace(paths[0], str(first_users(Path(paths[0]), here / "first", count=40)))
     assert lethe(command, capsys).code == 0
 
 
@@ -199,7 +215,10 @@ def test_the_recipes_settings_are_those_of_the_table() -> None:
     section = README.split("\n## Recipes\n")[1].split("\n## ")[0]
     for line in re.findall(r"^\| `.+$", section, flags=re.M):
         name, _, clients, privacy, model, data = (cell.strip() for cell in line.strip("| ").split("|"))
-        run = load_run_file(name.strip("`"))
+        run = load_any(name.strip("`"))
+        if isinstance(run, PersonalRun):
+            assert (clients, privacy) == ("-", "-") and run.model.name in model and run.ratings.path is None
+            continue
         assert int(clients.split(",")[0]) == run.federation.clients
         assert ("none" if run.privacy.epsilon is None else f"epsilon {run.privacy.epsilon:g}") in privacy
         assert (run.model.name == "minilm") == ("MiniLM (embedded)" in model) and (

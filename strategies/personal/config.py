@@ -1,4 +1,4 @@
-"""The `personal:` section of the run file."""
+"""The `personal:` and `comparison:` sections of the run file."""
 
 from typing import Literal
 
@@ -62,14 +62,14 @@ class PersonalConfig(Section):
     """Tokens of a prompt; a longer one loses its oldest events."""
     sample: int = Field(16_384, ge=1)
     """Training rows that the adapters see, drawn once at random (Few2Many); all where there are fewer."""
-    epochs: int = Field(4, ge=0, le=1000)
+    epochs: int = Field(1, ge=0, le=1000)
     """Passes over the sample; 0 only weighs the recommender and the unadapted model."""
     batch: int = Field(64, ge=1, le=65_536)
     """Prompts of a step."""
-    rate: float = Field(1e-3, gt=0)
+    rate: float = Field(4e-3, gt=0)
     """Learning rate of meta-LoRAs and head at the start; falls to zero in a straight line (AdamW)."""
-    gate_rate: float = Field(3e-3, gt=0)
-    """The same of the routers: they must tell users apart before the meta-LoRAs grow alike."""
+    gate_rate: float = Field(2e-3, gt=0)
+    """The same of the routers."""
     decay: float = Field(0.0, ge=0)
     """Weight decay of everything that trains."""
     checks: int = Field(4096, ge=2)
@@ -81,4 +81,46 @@ class PersonalConfig(Section):
     def _gate_has_a_choice(self) -> "PersonalConfig":
         if self.meta_loras == 1 and self.gate != "uniform":
             raise ValueError(f"gate={self.gate} has nothing to choose with meta_loras=1; set gate: uniform")
+        return self
+
+
+RouterName = Literal["MF", "DIN", "SASRec"]
+RecommenderName = Literal["MF", "DIN", "SASRec", "boosted"]
+
+
+class ComparisonConfig(Section):
+    """`comparison:`, what personal adapters stand on and are measured against: split, recommenders, arms, rankings."""
+
+    split: Literal["per-user", "global-time"] = "per-user"
+    """per-user: the last fifth of every user's events is asked about. global-time: the last tenth of all."""
+    seeds: int = Field(1, ge=1, le=100)
+    """How often everything is trained, with `seed`, `seed` + 1, ...; figures are means."""
+    recommenders: tuple[RecommenderName, ...] = ("MF", "DIN", "SASRec", "boosted")
+    """Members of the stack, fitted to all training rows."""
+    scorer: RecommenderName = "MF"
+    """The recommender whose score every language model gets (personal.base_score)."""
+    routers: tuple[RouterName, ...] = ("MF", "DIN")
+    """The recommenders whose vectors of a user route."""
+    folds: int = Field(3, ge=2, le=100)
+    """Parts of the training rows; the scorer's scores of each come from a fit to the others."""
+    arms: tuple[str, ...] = ()
+    """Further arms beside RecLoRA and the single LoRA of equal parameters, such as uniform-gate, random-gate,
+    single-lora-equal-rank or reclora-factor-own-pair."""
+    ranked: int = Field(100, ge=1)
+    """Test rows of which the item that came next is ranked (NDCG)."""
+    candidates: int = Field(100, ge=1)
+    """Items that its user never rates, which it is ranked among; fewer where the catalogue is small."""
+    draws: int = Field(300, ge=20, le=100_000)
+    """Redraws of whole users behind every interval."""
+    show_user: str | None = None
+    """The user whose adapter is exported and whose recommendations the report shows; null: who has most test rows."""
+
+    @model_validator(mode="after")
+    def _members_are_there(self) -> "ComparisonConfig":
+        for key, named in (("recommenders", self.recommenders), ("routers", self.routers), ("arms", self.arms)):
+            if len(set(named)) < len(named) or (not named and key != "arms"):
+                raise ValueError(f"{key}={list(named)}: name one or more, each once")
+        for name in (self.scorer, *self.routers):
+            if name not in self.recommenders:
+                raise ValueError(f"{name} scores or routes and is no member; add it to recommenders")
         return self

@@ -33,6 +33,7 @@ from lora.codec import Entry, Layout, Part
 from lora.errors import ConfigError, DataError
 from lora.gradients import ExampleGradients, GradientSink
 from lora.model import AdaptedModel
+from lora.overlay import Overlaying
 from strategies.federated.job import Job, World
 from strategies.personal.asking import Asking
 from strategies.personal.config import HistoriesConfig, PersonalConfig
@@ -121,13 +122,15 @@ class MetaLearner(Learner):
         """Return an empty sink that keeps one gradient a row for all meta-LoRAs."""
         return MixedExampleGradients(self.layout, parts)
 
-    def answers(self, values: Tensor, batch: Batch, *, sink: GradientSink | None = None) -> Answers:
+    def answers(
+        self, values: Tensor, batch: Batch, *, sink: GradientSink | None = None, overlay: Overlaying | None = None
+    ) -> Answers:
         """Answer a batch with one vector `[size]`, or with one for each group of rows, `[groups, size]`."""
         batch, views = batch.to(self.device), self.layout.views(values.to(self.device))
         weights = self._weights(batch)
         groups = values.shape[0] if values.dim() == 2 else 1
         inner = None if sink is None else MixtureSink(sink, weights, groups)
-        with self.adapted.bound(mixed(views, weights), sink=inner) as model:
+        with self.adapted.bound(mixed(views, weights), sink=inner, overlay=overlay) as model:
             return self.task.answer(model, batch, views, inner)
 
     def _weights(self, batch: Batch) -> dict[str, Tensor]:

@@ -194,6 +194,7 @@ class NamedRows:
                     own = [(name,) for name in names]
                     self._index.executemany("INSERT INTO spare SELECT row, 1 FROM owned WHERE name = ?", own)
                     self._index.executemany("DELETE FROM owned WHERE name = ?", own)
+                    self._index.execute("INSERT OR REPLACE INTO about VALUES ('stale', 1)")
             except sqlite3.OperationalError as error:
                 raise self._full(str(error)) from error
             self._clear()
@@ -272,12 +273,18 @@ class NamedRows:
             ) from error
 
     def _clean(self) -> None:
-        """Overwrite rows that nobody owns any more with zeros."""
+        """Overwrite rows that nobody owns any more with zeros, and names that were removed."""
         while dirty := [row for (row,) in self._index.execute("SELECT row FROM spare WHERE dirty LIMIT 256")]:
             inside = [row for row in dirty if row < len(self.numbers.data)]
             self.numbers.write(inside, torch.zeros(1, self.width).expand(len(inside), -1))
             with self._transaction():
                 self._index.executemany("UPDATE spare SET dirty = 0 WHERE row = ?", [(row,) for row in dirty])
+        if self._one("SELECT value FROM about WHERE key = 'stale'"):
+            # secure_delete overwrites a row where it stands, but not the copies that stay in a page when its rows move
+            # to another one: only a new index has none.
+            if self.directory is not None:
+                self._index.execute("VACUUM")
+            self._index.execute("UPDATE about SET value = 0 WHERE key = 'stale'")
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:

@@ -1,10 +1,11 @@
-"""The `ratings:` section of the run file."""
+"""The `ratings:` section of the run file, and `model:` where a language model reads ratings."""
 
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from lora.config import Section
+from tasks.config import ModelConfig
 
 
 class RatingsConfig(Section):
@@ -45,3 +46,14 @@ class RatingsConfig(Section):
                 f"lowest < like_from <= highest must hold, not {self.lowest:g}, {self.like_from:g}, {self.highest:g}"
             )
         return self
+
+
+class ReadingModelConfig(ModelConfig):
+    """`model:`, the frozen language model that reads histories."""
+
+    name: str = "reader"
+    """`reader` (a small decoder that learns here, from the training rows' texts), `minilm` (embedded), `tiny-bert` or
+    `tiny-llama` (random weights, for tests) or a hub name."""
+    encoder: bool | None = None
+    """Whether it answers by a trained head over mean token states, as encoders do, and not by the tokens Yes and No;
+    null: minilm and tiny-bert do, all others are decoders."""

@@ -109,9 +109,10 @@ def paired_bootstrap(
 ) -> Interval:
     """Return measure(one) - measure(other) with the interval from redrawing whole users, the same for both.
 
-    Rows of one user go together, so redrawing rows would claim far too much certainty.
+    Rows of one user go together, so redrawing rows would claim far too much certainty. Logits are `[rows]`, or
+    `[runs, rows]` for the mean over runs, such as seeds; the interval is then of that mean, runs as they were.
     """
-    figure = MEASURES[measure]
+    figure = _over_runs(MEASURES[measure])
     _, owner = np.unique(users, return_inverse=True)
     count = int(owner.max()) + 1
     rng = np.random.default_rng(seed)
@@ -123,3 +124,10 @@ def paired_bootstrap(
     whole = np.ones(len(labels))
     low, high = np.quantile(differences, [(1 - level) / 2, (1 + level) / 2])
     return Interval(figure(labels, one, whole) - figure(labels, other, whole), float(low), float(high))
+
+
+def _over_runs(measure: Measure) -> Measure:
+    def figure(labels: Labels, logits: Floats, weights: Floats) -> float:
+        return float(np.mean([measure(labels, run, weights) for run in np.atleast_2d(logits)]))
+
+    return figure

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from tasks.models import BaseModel
 from tasks.recommendation.answers import Answering, answer_tokens, batches, packed, tokenized
@@ -184,6 +185,7 @@ def read(base: BaseModel, tokens: Tokens) -> Floats:
 
 def save_reader(base: BaseModel, directory: Path) -> Path:
     """Write the reader as a transformers directory, aside and renamed; one that is there is replaced."""
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     aside = directory.with_name(f".{directory.name}.{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
     base.model.save_pretrained(aside)  # type: ignore[operator]

@@ -172,10 +172,19 @@ def test_config_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert "privacy" in json.loads(capsys.readouterr().out)["properties"]
 
 
+def test_config_commands_know_personal_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "show", "movielens", "comparison.seeds=3"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["comparison"]["seeds"] == 3
+    assert main(["config", "validate", "movielens"]) == 0
+    assert "movielens.yaml is valid" in capsys.readouterr().out
+    assert main(["config", "schema", "personal"]) == 0
+    assert "comparison" in json.loads(capsys.readouterr().out)["properties"]
+
+
 def test_recipes_lists_every_recipe_with_its_purpose(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes"]) == 0
     out = capsys.readouterr().out
-    for name in ("quickstart", "clinc150", "sst2", "shakespeare"):
+    for name in ("quickstart", "clinc150", "sst2", "shakespeare", "movielens"):
         assert re.search(rf"^{name} +\w+ .*recipes/{name}\.yaml *$", out, flags=re.MULTILINE)
 
 
@@ -207,7 +216,7 @@ def test_privacy_show_agrees_with_the_accountant(fake: FakeRun, capsys: pytest.C
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["config", "validate", "quickstart"], ["config", "show", "sst2"], ["recipes"]]
+    "arguments", [["--help"], ["config", "validate", "quickstart"], ["config", "show", "movielens"], ["recipes"]]
 )
 def test_light_commands_import_nothing_heavy_and_start_fast(arguments: list[str]) -> None:
     code = (

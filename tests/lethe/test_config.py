@@ -12,11 +12,14 @@ from hypothesis import strategies as st
 from lethe import config as run_files
 from lethe.config import (
     SECTIONS,
+    PersonalRun,
     RunFile,
     conflicts,
     differences,
     find_recipe,
     from_mapping,
+    load_any,
+    load_personal_run,
     load_run_file,
     recipes,
     resolved,
@@ -265,6 +268,9 @@ def test_a_null_section_is_an_empty_one(tmp_path: Path) -> None:
 # --- Recipes ---------------------------------------------------------------------------------------------------------
 
 
+COMMANDS = {RunFile: "lethe simulate", PersonalRun: "lethe personalize"}
+
+
 def leaves(tree: object) -> int:
     return sum(map(leaves, tree.values())) if isinstance(tree, Mapping) else 1
 
@@ -272,20 +278,21 @@ def leaves(tree: object) -> int:
 @pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.y*ml")), ids=lambda path: path.stem)
 def test_every_recipe_is_valid_short_and_introduced(path: Path) -> None:
     text = path.read_text()
-    load_run_file(path)
+    run = load_any(path)
     assert leaves(yaml.safe_load(text)) <= 15
     header = text[: text.index("\n\n")]
     assert all(line.startswith("#") for line in header.splitlines())
-    assert f"lethe simulate {path.stem}" in header
+    assert f"{COMMANDS[type(run)]} {path.stem}" in header
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.y*ml")), ids=lambda path: path.stem)
 def test_the_overrides_that_a_recipe_suggests_are_valid(path: Path) -> None:
-    commands = [line for line in path.read_text().splitlines() if line.startswith("#") and "lethe simulate" in line]
+    start = f"{COMMANDS[type(load_any(path))]} "
+    commands = [line for line in path.read_text().splitlines() if line.startswith("#") and start in line]
     assert commands
     for command in commands:
-        words = command.partition("lethe simulate ")[2].split()
-        load_run_file(path, words[1:])
+        words = command.partition(start)[2].split()
+        load_any(path, words[1:])
 
 
 def test_recipes_are_found_by_bare_name_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -371,3 +378,77 @@ def test_differences_name_dotted_keys(empty: Path) -> None:
     one, other = RunFile(), load_run_file(empty, ["seed=1", "training.rate=0.2", "name=x", "data.drop_labels=[a]"])
     assert differences(one, other) == ["name", "seed", "data.drop_labels", "training.rate"]
     assert differences(other, other) == []
+
+
+# --- Personal runs ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def personal(tmp_path: Path) -> Path:
+    path = tmp_path / "personal.yaml"
+    path.write_text("kind: personal\n")
+    return path
+
+
+def personal_fault(path: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_personal_run(path, overrides)
+    return str(caught.value)
+
+
+def test_a_file_says_its_kind_and_only_its_command_takes_it(empty: Path, personal: Path) -> None:
+    assert load_any(personal) == load_personal_run(personal) == PersonalRun()
+    assert load_any(empty) == load_run_file(empty, ["kind=federation"]) == RunFile()
+    assert "has kind: personal; it is for `lethe personalize`" in fault(personal)
+    assert "has no `kind: personal` at its top; it is for `lethe simulate`" in personal_fault(empty)
+    assert "kind=persona: must be one of federation, personal; did you mean 'personal'?" in fault(empty, "kind=persona")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("personal.meta_lora=3", "personal.meta_lora: there is no such key; did you mean 'personal.meta_loras'?"),
+        ("comparisons.seeds=3", "comparisons: there is no such key; did you mean 'comparison'?"),
+        ("lr=3", "lr: there is no such key; did you mean 'personal.rate'?"),
+        ("dataset=x", "dataset: there is no such key; did you mean 'ratings.path'?"),
+        ("federation.clients=3", "federation: there is no such key"),
+        ("comparison.scorer=mf", "comparison.scorer=mf: must be one of MF, DIN, SASRec, boosted"),
+        ("comparison.routers=[MF, boosted]", "must be a list of MF, DIN, SASRec"),
+        ("comparison.routers=[]", "comparison.routers=[]: name one or more, each once"),
+        ("comparison.arms=[uniform-gate, uniform-gate]", "comparison.arms=['uniform-gate', 'uniform-gate']: name"),
+        ("comparison.seeds=0", "comparison.seeds=0: must be a whole number, at least 1"),
+        ("personal.meta_loras=1", "personal.gate=router has nothing to choose with meta_loras=1"),
+        ("personal.gate=random", "personal.gate=random: nothing would be personal"),
+        ("ratings.like_from=9", "ratings"),
+    ],
+)
+def test_a_fault_of_a_personal_run_is_named_in_its_own_keys(personal: Path, override: str, words: str) -> None:
+    assert words in personal_fault(personal, override)
+
+
+def test_a_personal_run_reads_back_the_same_with_every_key_explained(personal: Path, tmp_path: Path) -> None:
+    run = load_personal_run(
+        personal, ["comparison.show_user=5", "comparison.routers=[DIN]", "name=x", "ratings.path=d"]
+    )
+    assert run.comparison.show_user == "5"
+    written = tmp_path / "config.yaml"
+    written.write_text(to_yaml(run), encoding="utf-8")
+    assert load_personal_run(written) == run
+    assert yaml.safe_load(to_yaml(run)) == resolved(run)
+    lines = to_yaml(run).splitlines()
+    for name, kind in PersonalRun.sections().items():
+        for key, field in kind.model_fields.items():
+            note = " ".join((field.description or "").split())
+            assert note and any(line.startswith(f"  {key}:") and line.endswith(f"# {note}") for line in lines), name
+
+
+def test_the_schema_of_each_kind_knows_its_keys() -> None:
+    assert schema("personal")["properties"].keys() == PersonalRun.model_fields.keys()
+    assert "show_user" in schema("personal")["$defs"]["ComparisonConfig"]["properties"]
+    with pytest.raises(ConfigError, match="there are no run files of kind 'persnal'; did you mean 'personal'"):
+        schema("persnal")
+
+
+def test_the_digest_of_a_personal_run_depends_on_the_result_alone(personal: Path) -> None:
+    assert result_digest(load_personal_run(personal, ["name=x"])) == result_digest(PersonalRun())
+    assert result_digest(load_personal_run(personal, ["comparison.seeds=2"])) != result_digest(PersonalRun())

@@ -11,9 +11,12 @@ import lethe
 ROOT = Path(__file__).parents[2]
 PUBLIC = {
     "LetheError",
+    "PersonalRun",
     "RunFile",
     "from_mapping",
+    "load_personal_run",
     "load_run_file",
+    "personalize",
     "recipes",
     "resume",
     "simulate",

@@ -78,7 +78,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_there_is_a_test_for_every_recipe() -> None:
-    assert set(recipes()) == {"quickstart", *LIKE}
+    assert set(recipes()) == {"quickstart", "movielens", *LIKE}  # movielens: tests/lethe/test_personal_run.py
 
 
 def test_quickstart_trains_the_embedded_model_privately() -> None:

@@ -51,7 +51,10 @@ def test_shared_json_reads_back_as_the_same_job() -> None:
     assert read_job(Job, {"job": own.shared_json()}) == own
 
 
-@pytest.mark.parametrize("recipe", sorted(p.name for p in (Path(__file__).parents[3] / "recipes").glob("*.yaml")))
+@pytest.mark.parametrize(
+    "recipe",
+    sorted(p.name for p in (Path(__file__).parents[3] / "recipes").glob("*.yaml") if "kind:" not in p.read_text()),
+)
 def test_every_recipe_is_read(recipe: str) -> None:
     found = read_job(Job, {"recipe": f"recipes/{recipe}", "job": ""})
     assert found.federation.clients >= 2

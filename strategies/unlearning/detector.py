@@ -1,0 +1,199 @@
+"""The out-of-distribution detector of a request: how far an input is from what is to be forgotten.
+
+After O3 (2407.10223, section 3.2 of its released code), with these differences: means leave padding out; both distances
+rise with distance; the bank of stored features is replaced by class means, and the one-class SVM by its primal form, so
+that nothing of a single example is kept; thresholds come from the request's held-back rows alone.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from sklearn.svm import OneClassSVM
+from torch import Tensor
+
+from lora.errors import DataError
+from privacy.randomness import Randomness
+from strategies.unlearning.audit import derived
+from strategies.unlearning.class_statistics import ClassStatistics, Shape, StackedStatistics, class_statistics
+from strategies.unlearning.encoder import SharedEncoder
+from strategies.unlearning.request import Request
+from strategies.unlearning.weight import MirroredCdf
+from tasks.tokens import Ids, Tokens
+
+Term = Literal["mahalanobis", "cosine"]
+TERMS: tuple[Term, ...] = ("mahalanobis", "cosine")
+VERSION = 1
+_TENSORS = ("directions", "gains", "base", "pulled", "norms")
+
+
+@dataclass(frozen=True)
+class DetectorSettings:
+    """Which distances are taken, and how they become one."""
+
+    shape: Shape = field(default_factory=Shape)
+    terms: tuple[Term, ...] = TERMS
+    combine: Literal["sum", "svm"] = "sum"
+    """`sum` of the terms, each in units of its spread over held-back rows, or a linear one-class SVM over them."""
+    nu: float = 0.1
+    """Share of used rows that the SVM may leave out."""
+    coverage: float = 0.95
+    """Share of held-back rows within the threshold of the hard gate."""
+
+
+@dataclass(frozen=True)
+class Detector:
+    """What is kept of a request: statistics at every layer, weights of the terms `[layers, 2]`, and five numbers."""
+
+    statistics: tuple[ClassStatistics, ...]
+    layers: tuple[int, ...]
+    weights: Tensor
+    weight: MirroredCdf
+    threshold: float
+
+    @property
+    def numbers(self) -> int:
+        """Numbers kept."""
+        return sum(each.numbers for each in self.statistics) + self.weights.numel() + 5
+
+    def save(self, path: Path) -> None:
+        """Write one safetensors file, aside and then renamed."""
+        tensors = {"weights": self.weights}
+        for place, each in enumerate(self.statistics):
+            tensors |= {f"{place}.{name}": getattr(each, name) for name in _TENSORS}
+        about = {"version": VERSION, "layers": self.layers, "weight": asdict(self.weight), "threshold": self.threshold}
+        aside = path.with_name(f"{path.name}.part")
+        with aside.open("wb") as file:
+            file.write(save({n: t.contiguous().cpu() for n, t in tensors.items()}, {"detector": json.dumps(about)}))
+            file.flush()
+            os.fsync(file.fileno())
+        aside.rename(path)
+
+    @classmethod
+    def load(cls, path: Path) -> "Detector":
+        """Read what `save` wrote. Raises DataError for anything else."""
+        try:
+            with safe_open(path, "pt") as file:
+                about = json.loads((file.metadata() or {})["detector"])
+                read = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            places = range(len(about["layers"]))
+            statistics = tuple(ClassStatistics(*(read[f"{place}.{name}"] for name in _TENSORS)) for place in places)
+            weight = MirroredCdf(**about["weight"])
+            return cls(statistics, tuple(about["layers"]), read["weights"], weight, float(about["threshold"]))
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{path}: not a detector's file ({error}); make it again with `lethe forget`") from error
+
+
+@dataclass(frozen=True)
+class Detectors:
+    """The detectors of all requests, which share features and are asked at once."""
+
+    each: Sequence[Detector]
+    _stacked: tuple[StackedStatistics, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        layers = {detector.layers for detector in self.each}
+        if len(layers) != 1:
+            raise DataError(f"detectors of one pass read the same layers, not {sorted(layers)}; make them anew")
+        columns = zip(*(detector.statistics for detector in self.each), strict=True)
+        object.__setattr__(self, "_stacked", tuple(StackedStatistics.of(list(column)) for column in columns))
+
+    def __len__(self) -> int:
+        return len(self.each)
+
+    def terms(self, features: Tensor) -> Tensor:
+        """Return all distances `[rows, requests, layers, 2]` of features `[rows, layers, d]`."""
+        return torch.stack([s.distances(features[:, place]) for place, s in enumerate(self._stacked)], dim=2)
+
+    def distances(self, features: Tensor) -> Tensor:
+        """Return the distance of every row to every request, `[rows, requests]`; it rises with distance."""
+        weights = torch.stack([detector.weights for detector in self.each])
+        return (self.terms(features).double() * weights).sum((2, 3))
+
+
+def fit_detector(
+    encoder: SharedEncoder,
+    request: Request,
+    tokens: Tokens,
+    *,
+    settings: DetectorSettings,
+    randomness: Randomness | None = None,
+) -> Detector:
+    """Make a request's detector: statistics of its used rows, scale and thresholds of its held-back rows.
+
+    Nothing but the request's rows and the encoder is read. Raises DataError for too few rows.
+    """
+    audit = request.audit
+    audit.declare("model", [*encoder.adapted.base.parameters(), *encoder.adapted.base.buffers()])
+    audit.declare("model", encoder.adapted.frame.matrices.values())
+    audit.declare("slots", (encoder.factors or {}).values())
+    with audit.watching():
+        used = request_features(encoder, request, tokens, request.used)
+        held_back = request_features(encoder, request, tokens, request.held_back)
+        with audit.reading(()) as made:
+            labels = None if tokens.labels is None else torch.from_numpy(tokens.labels[request.used])
+            made.append(labels)
+        detector = detector_of(used, labels, held_back, encoder=encoder, settings=settings, randomness=randomness)
+    audit.check()
+    return detector
+
+
+def detector_of(
+    used: Tensor,
+    labels: Tensor | None,
+    held_back: Tensor,
+    *,
+    encoder: SharedEncoder,
+    settings: DetectorSettings,
+    randomness: Randomness | None = None,
+) -> Detector:
+    """Make a detector of features `[n, layers, d]` of used rows and of held-back rows."""
+    layers = tuple(encoder.layers)
+    statistics = tuple(
+        class_statistics(used[:, place], labels, shape=settings.shape, randomness=randomness)
+        for place in range(len(layers))
+    )
+    raw = Detector(statistics, layers, torch.ones(len(layers), 2).double(), MirroredCdf(0.0, 0.0, 1.0), 0.0)
+    asked = Detectors([raw])
+    ours, theirs = asked.terms(used)[:, 0].double(), asked.terms(held_back)[:, 0].double()
+    weights = _term_weights(ours, theirs, settings)
+    near, far = (ours * weights).sum((1, 2)), (theirs * weights).sum((1, 2))
+    threshold = float(far.quantile(settings.coverage))
+    return Detector(statistics, layers, weights, MirroredCdf.of(near, far), threshold)
+
+
+def _term_weights(used: Tensor, held_back: Tensor, settings: DetectorSettings) -> Tensor:
+    """Return the weight of every term `[layers, 2]`: 1 over its spread, times the SVM's primal weight if asked."""
+    weights = 1 / held_back.std(0).clamp(min=1e-9)
+    for place, term in enumerate(TERMS):
+        if term not in settings.terms:
+            weights[:, place] = 0.0
+    if settings.combine == "svm":
+        weights = weights * svm_weights((used * weights).flatten(1), nu=settings.nu).view_as(weights)
+    return weights
+
+
+def svm_weights(terms: Tensor, *, nu: float) -> Tensor:
+    """Fit a linear one-class SVM to terms `[n, m]` and return its primal weights `[m]`, of sum 1.
+
+    scikit-learn's `score_samples` of a linear kernel is `terms @ w` with w = sum_i alpha_i terms_i: the support vectors
+    are not needed to ask it, and are thrown away. Nothing is lost.
+    """
+    svm = OneClassSVM(kernel="linear", nu=nu).fit(terms.cpu().numpy())
+    primal = derived(svm.coef_[0].copy()).to(terms)
+    weights: Tensor = primal / primal.sum()
+    return weights
+
+
+def request_features(encoder: SharedEncoder, request: Request, tokens: Tokens, rows: Ids, *, size: int = 128) -> Tensor:
+    """Return the features `[rows, layers, d]` of some of a request's rows, in their order."""
+    order = tokens.lengths[rows].argsort(kind="stable")
+    chunks = [rows[order[start : start + size]] for start in range(0, len(order), size)]
+    found = torch.cat([encoder.features(request.batch(tokens, chunk, pad=encoder.pad)) for chunk in chunks])
+    return torch.stack([found[place] for place in order.argsort().tolist()])

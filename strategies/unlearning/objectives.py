@@ -1,0 +1,123 @@
+"""What a model is to say instead of what it is to forget: random labels, refusals, or its own next best label."""
+
+import random
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lora.errors import DataError
+from strategies.unlearning.request import Request
+from tasks.examples import Examples
+from tasks.learner import Classification, Learner
+
+REFUSALS = (
+    "I am not able to help with that.",
+    "I do not know the answer to this.",
+    "Sorry, I have no information about that.",
+    "I would rather not answer this question.",
+    "That is something I cannot tell you.",
+    "I have nothing to say about this topic.",
+    "I am afraid that I do not know.",
+    "My knowledge does not cover this.",
+    "I cannot give you an answer here.",
+    "Unfortunately I have never learned about that.",
+    "This is outside of what I can speak about.",
+    "I must leave this question open.",
+)
+
+
+class Objective(Protocol):
+    """Turns a request's examples into what the slot learns."""
+
+    def __call__(self, examples: Examples, source: random.Random) -> Examples:
+        """Return the same rows in the same order, with other answers."""
+
+
+@dataclass(frozen=True)
+class RandomLabels:
+    """A label drawn at random for every row (O3, 2407.10223: intents and answers to questions).
+
+    `avoid` are labels never drawn: those that the request is to forget. The released code draws from all and so also
+    the right one; `avoid=()` does that. One label alone, `classes=range(oos, oos + 1)`, is a refusal by class.
+    """
+
+    classes: Sequence[int]
+    avoid: Collection[int] = ()
+
+    def __call__(self, examples: Examples, source: random.Random) -> Examples:
+        """Return the rows with drawn labels. Raises DataError where no label is left to draw."""
+        left = [label for label in self.classes if label not in set(self.avoid)]
+        if not left:
+            raise DataError(
+                f"all {len(self.classes)} labels are to be forgotten, so none is left to answer with; leave one out of "
+                "the request, or retrain without the data"
+            )
+        drawn = tuple(source.choice(left) for _ in examples.texts)
+        return Examples(examples.texts, drawn, examples.prompts, examples.owners)
+
+
+@dataclass(frozen=True)
+class Refusals:
+    """A refusal drawn at random after every row's prompt (O3 on TOFU: one of 17 sentences; ours are others)."""
+
+    sentences: Sequence[str] = REFUSALS
+
+    def __call__(self, examples: Examples, source: random.Random) -> Examples:
+        """Return the prompts with refusals. Raises DataError for rows without a prompt to refuse."""
+        if examples.prompts is None:
+            raise DataError("a refusal answers a prompt, and these rows have none; set data.prompt")
+        texts = tuple(source.choice(self.sentences) for _ in examples.texts)
+        return Examples(texts, examples.labels, examples.prompts, examples.owners)
+
+
+@dataclass(frozen=True)
+class RunnerUp:
+    """The label that the model itself would give if it did not know those to be forgotten (ours).
+
+    A slot that learns it moves a row to its nearest other class, as a model that never saw the forgotten classes would,
+    and so does little harm to a row of another class that passes the gate by mistake; random labels make it wrong.
+    """
+
+    labels: tuple[int, ...]
+
+    def __call__(self, examples: Examples, source: random.Random) -> Examples:
+        """Return the rows with the next best labels; nothing is drawn."""
+        return Examples(examples.texts, self.labels, examples.prompts, examples.owners)
+
+
+@torch.no_grad()
+def runner_up(
+    learner: Learner, request: Request, *, model: Tensor, avoid: Collection[int], size: int = 128
+) -> RunnerUp:
+    """Ask the model `[learner.layout.size]` for the best label outside `avoid` of every used row of a request.
+
+    Held-back rows keep their labels: nothing is trained on them. Only the request's rows are read. Raises DataError for
+    a task without classes and where no class is left.
+    """
+    task, labels = learner.task, list(request.examples.labels or ())
+    if not isinstance(task, Classification) or not labels:
+        raise DataError("the next best label is for classification with labels; use refusals for a language model")
+    if len(set(avoid)) >= len(task.head.bias):
+        raise DataError(f"all {len(task.head.bias)} labels are to be forgotten, so none is left to answer with")
+    request.audit.declare("model", [model, task.head.weight, task.head.bias, *learner.base.model.parameters()])
+    request.audit.declare("model", [*learner.base.model.buffers(), *learner.adapted.frame.matrices.values()])
+    with request.audit.watching():
+        blocks = dict(learner.layout.views(model.to(learner.device)))
+        blocks.setdefault(("head", "weight"), task.head.weight)
+        bias = blocks.get(("head", "bias"), task.head.bias).clone()
+        for label in set(avoid):
+            bias[label] = -torch.inf
+        blocks["head", "bias"] = bias
+        tokens = request.tokens(task)
+        for start in range(0, len(request.used), size):
+            rows = request.used[start : start + size]
+            batch = request.batch(tokens, rows, pad=learner.pad).to(learner.device)
+            with learner.adapted.bound(blocks) as base:
+                guess = task.answer(base, batch, blocks, None).guess
+            for row, label in zip(rows, [] if guess is None else guess.tolist(), strict=True):
+                labels[int(row)] = label
+    request.audit.check()
+    return RunnerUp(tuple(labels))
