@@ -3,6 +3,7 @@
     python -m benchmarks.unlearning [--texts FOLDER] [--images FILE.npz] [--cache FOLDER] [--seeds 1]
         [--courses texts few-shot missing] [--methods GS-LoRA SCRUB ...] [--requests 5] [--on test]
         [--base-rows 100] [--epochs 4] [--forget 20] [--replay 4] [--asked N] [--retrained 0] [--attacks]
+        [--set rate=1e-3 prototype_forget=1 ...]
 
 - texts: MiniLM on CLINC150 (a folder with data_full.json.gz and domains.json.gz); the domains work, travel, home and
   banking are forgotten, then single intents.
@@ -11,7 +12,7 @@
 
 Every method gets the same rows and the same number of steps. `--on validation` is for choosing settings.
 `--retrained N` trains N classifiers without the requests' rows on all the others: seconds against those of a request,
-and what LiRA compares with. `--attacks` probes the last classifier.
+and what LiRA compares with. `--attacks` probes the last classifier. `--set` changes settings of every GS-LoRA.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 
 from benchmarks.measure import publish, settings
 from lora.errors import DataError, LetheError, nearest
@@ -131,7 +133,7 @@ def images(chosen: argparse.Namespace, name: str) -> Course:
         sequence[: chosen.requests],
         SampleConfig(forget=4, replay=4) if few else SampleConfig(forget=50, replay=50, missing=(0, 1)),
         BudgetConfig(epochs=20, batch=8) if few else BudgetConfig(epochs=8, batch=32),
-        FitConfig(epochs=6, batch=64, rate=2e-3, head_rate=2e-3),
+        FitConfig(epochs=6 if chosen.images else 25, batch=64, rate=2e-3, head_rate=2e-3),
         classes,
         GsLoraConfig(rate=4e-3),
         {"prototype_forget": 3.0, "prototype_retain": 0.0} if few else {},
@@ -155,15 +157,19 @@ def trained(course: Course, *, seed: int, cache: Path | None) -> Classifier:
     return classifier
 
 
-def methods(course: Course) -> dict[str, Method]:
-    """Return all methods by name."""
+def methods(course: Course, settled: Mapping[str, object]) -> dict[str, Method]:
+    """Return all methods by name; `settled` are settings of the command line, which win."""
     variants: dict[str, dict[str, object]] = {
         "GS-LoRA": {},
         "GS-LoRA++": {"prototypes": True, **course.plus},
         "plain LoRA": {"sparsity": 0.0},
         "GS-LoRA subgradient": {"structure": "subgradient", "sparsity": 0.01},
     }
-    gs = {name: GsLora(course.gs.model_copy(update=changes), name=name) for name, changes in variants.items()}
+    usual = course.gs.model_dump()
+    gs = {
+        name: GsLora(GsLoraConfig.model_validate({**usual, **changes, **settled}), name=name)
+        for name, changes in variants.items()
+    }
     return gs | {name: baseline(name) for name in (*OBJECTIVES, "retrain")}
 
 
@@ -180,7 +186,7 @@ def asked(course: Course, classifier: Classifier, *, seed: int) -> list[ForgetRe
 def measured(course: Course, chosen: argparse.Namespace, lines: list[list[str]]) -> dict[str, Found]:
     """Run every method with every seed."""
     found: dict[str, Found] = {}
-    known = methods(course)
+    known = methods(course, dict(each.partition("=")[::2] for each in chosen.set))
     for name in chosen.methods or known:
         if name not in known:
             raise DataError(f"no method is called '{name}'{nearest(name, known)}")
@@ -294,6 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--cache", help="folder of trained classifiers, filled where empty")
     parser.add_argument("--courses", nargs="+", choices=COURSES, default=COURSES)
     parser.add_argument("--methods", nargs="+", help="default: all")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of every GS-LoRA")
     parser.add_argument("--on", choices=("test", "validation"), default="test", help="what accuracy is measured on")
     parser.add_argument("--attacks", action="store_true", help="probe, relearn and infer membership at the end")
     numbers = {"seeds": 1, "requests": 6, "base-rows": 100, "epochs": 4, "forget": 20, "replay": 4, "retrained": 0}
@@ -309,7 +316,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if name != "texts" or chosen.texts:
                 course = texts(chosen) if name == "texts" else images(chosen, name)
                 found[name] = measured(course, chosen, lines)
-    except LetheError as error:
+    except (LetheError, ValidationError) as error:
         raise SystemExit(f"error: {error}") from None
     about = {key: value for key, value in vars(chosen).items() if key not in ("texts", "images", "cache")}
     publish("unlearning", figures=figures(found, lines), rows=lines, about=settings(**about))

@@ -1,7 +1,11 @@
 """GS-LoRA and GS-LoRA++: a fresh adapter on the feed-forward networks forgets a request, sparse by block.
 
-Zhao et al., "Continual Forgetting for Pre-trained Vision Models", CVPR 2024; GS-LoRA++, T-PAMI 2026. Where the released
-code and the paper differ, `docs/unlearning.md` says which is followed.
+Zhao et al., "Continual Forgetting for Pre-trained Vision Models", CVPR 2024 (arXiv 2403.11530); GS-LoRA++, T-PAMI 2026
+(arXiv 2501.09705). As the released code: an adapter on both linear layers of every block's feed-forward network, drawn
+anew for every request and merged after it; a group's norm without a weight for its size; the prototype loss on the
+features before the head. Otherwise than the code: prototypes are the original model's (as the paper says), the head is
+a plain softmax with a bound that fits it, every row is bounded and not the mean of a batch, the group lasso takes a
+proximal step and waits until rows are forgotten, and there is no moving average (the code's evaluates the base).
 """
 
 import math
