@@ -24,7 +24,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,13 @@ from privacy.ledger import Ledger
 from server.checkpoint import Checkpoints
 from simulation.config import SimulationConfig
 from simulation.engine import Stage, play
+from strategies.personal.comparison import Found
 from strategies.personal.federated import PersonalWorld
 from strategies.personal.fitting import few
 from strategies.personal.router import gate_report
 from tasks.recommendation.config import RatingsConfig
 from tasks.recommendation.files import load_interactions
-from tasks.recommendation.interactions import Floats, Interactions, Ints
+from tasks.recommendation.interactions import Interactions, Ints
 from tasks.recommendation.metrics import likes, paired_bootstrap
 from tasks.recommendation.reader import ReaderSettings, save_reader, train_reader
 from tasks.recommendation.splits import Split, per_user
@@ -64,27 +65,6 @@ HEADING = (
 )
 Arm = tuple[str, int, int]
 """Setting, meta-LoRAs, rank."""
-
-
-@dataclass
-class Found:
-    """Figures of one arm, one entry a seed, and its log odds."""
-
-    figures: dict[str, list[float]] = field(default_factory=dict)
-    logits: list[Floats] = field(default_factory=list)
-
-    def add(self, **values: float) -> None:
-        """Note figures of one seed."""
-        for name, value in values.items():
-            self.figures.setdefault(name, []).append(value)
-
-    def told(self, name: str, digits: int = 4) -> str:
-        """Return mean and spread."""
-        values = self.figures.get(name)
-        if not values:
-            return ""
-        spread = f" ±{statistics.stdev(values):.{digits}f}" if len(values) > 1 and digits else ""
-        return f"{statistics.fmean(values):.{digits}f}{spread}"
 
 
 @dataclass(frozen=True)

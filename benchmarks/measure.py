@@ -80,9 +80,12 @@ def publish(
     table = Table(*rows[0], title=name)
     for row in rows[1:]:
         table.add_row(*row)
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=1000)  # A pipe has no width; the usual 80 columns would cut digits off.
+    console.print(table)
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({"figures": dict(figures), "settings": dict(about)}, indent=1) + "\n")
-    Console().print(f"written: benchmarks/results/{path.name}", highlight=False)
+    console.print(f"written: benchmarks/results/{path.name}", highlight=False)
     return path

@@ -20,7 +20,6 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -28,6 +27,7 @@ import torch
 
 from benchmarks.measure import publish, settings
 from lora.errors import DataError
+from strategies.personal.comparison import Found
 from strategies.personal.recommenders.boosted import Boosted
 from strategies.personal.recommenders.din import Din, DinSettings
 from strategies.personal.recommenders.factors import FoldedFactors, recent_level
@@ -41,7 +41,7 @@ from tasks.models import load_base
 from tasks.recommendation.candidates import sampled
 from tasks.recommendation.config import RatingsConfig
 from tasks.recommendation.files import load_interactions
-from tasks.recommendation.interactions import Floats, Interactions, Ints
+from tasks.recommendation.interactions import Interactions, Ints
 from tasks.recommendation.metrics import Labels, auc, likes, paired_bootstrap, ranking, ranks
 from tasks.recommendation.splits import SPLITS, Split
 from tasks.recommendation.texts import embedded
@@ -55,31 +55,6 @@ HEADING = (
     *("split", "recommender", "AUC", "log loss", "vs boosted (95 %)"),
     *("rest", "swapped", "across", "NDCG@10", "MRR", "CPU s"),
 )
-
-
-@dataclass
-class Found:
-    """Figures of one recommender on one split, one entry a seed."""
-
-    figures: dict[str, list[float]] = field(default_factory=dict)
-    logits: list[Floats] = field(default_factory=list)
-
-    def add(self, **values: float) -> None:
-        """Note the figures of one seed."""
-        for name, value in values.items():
-            self.figures.setdefault(name, []).append(value)
-
-    def mean(self, name: str) -> float:
-        """Return the mean over seeds; NaN where it was not measured."""
-        return statistics.fmean(self.figures.get(name, [float("nan")]))
-
-    def told(self, name: str) -> str:
-        """Return mean and spread for the table."""
-        values = self.figures.get(name)
-        if not values:
-            return ""
-        spread = f" ±{statistics.stdev(values):.4f}" if len(values) > 1 else ""
-        return f"{statistics.fmean(values):.4f}{spread}"
 
 
 Maker = Callable[[], Recommender]
@@ -178,8 +153,8 @@ def table(log: Interactions, split: Split, found: Mapping[str, Found]) -> list[l
     for name, each in found.items():
         shown = [each.told(figure) for figure in ("auc", "log_loss")]
         beside = [each.told(figure) for figure in ("rest", "swapped", "across", "ndcg10", "mrr")]
-        seconds = f"{each.mean('cpu_s'):.1f}"
-        lines.append([split.name, name, *shown, _versus(log, split, found, name), *beside, seconds])
+        versus = _versus(log, split, found, name)
+        lines.append([split.name, name, *shown, versus, *beside, each.told("cpu_s", 1)])
     return lines
 
 
@@ -215,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         lines += table(log, split, found)[bool(lines) :]
         for model, each in found.items():
             key = f"{name}_{model}".replace(",", "").replace(" + ", "_").replace(" ", "_").replace("-", "_").lower()
-            figures |= {f"{key}_{figure}": each.mean(figure) for figure in each.figures}
+            figures |= {f"{key}_{figure}": statistics.fmean(values) for figure, values in each.figures.items()}
     about = {"seeds": chosen.seeds, "ranked": chosen.ranked, "data": "built-in" if chosen.data is None else "given"}
     about |= {"interactions": len(log), "users": len(log.user_names), "items": len(log.catalogue)}
     publish("recommenders", figures=figures, rows=lines, about=settings(**about))

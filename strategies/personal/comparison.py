@@ -48,10 +48,10 @@ class Found:
         values = self.figures.get(name, ())
         return statistics.stdev(values) if len(values) > 1 else None
 
-    def told(self, name: str) -> str:
-        """Return mean and spread in words."""
+    def told(self, name: str, digits: int = 4) -> str:
+        """Return mean and spread in words; nothing where it was not measured."""
         mean, spread = self.mean(name), self.spread(name)
-        return "" if mean is None else f"{mean:.4f}" + ("" if spread is None else f" ±{spread:.4f}")
+        return "" if mean is None else f"{mean:.{digits}f}" + ("" if spread is None else f" ±{spread:.{digits}f}")
 
 
 def note(found: dict[str, Found], name: str, labels: Labels, logits: Floats) -> Found:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from torch import Tensor
 
 from lora.codec import Entry, Layout
@@ -165,15 +165,18 @@ class TestInMemory(SlotsAgainstADictionary.TestCase):  # type: ignore[misc, vali
     settings = settings(max_examples=15, stateful_step_count=15, deadline=None)
 
 
-def test_in_a_directory(tmp_path_factory: pytest.TempPathFactory) -> None:
-    from hypothesis.stateful import run_state_machine_as_test
+def test_slots_in_a_directory_do_as_a_dictionary_does(tmp_path_factory: pytest.TempPathFactory) -> None:
+    places: list[Path] = []
 
     class InADirectory(SlotsAgainstADictionary):
         def __init__(self) -> None:
             super().__init__()
             self.where = tmp_path_factory.mktemp("slots")
+            places.append(self.where)
 
+    # The machine's invariant compares names and numbers with a dictionary's after every step.
     run_state_machine_as_test(InADirectory, settings=settings(max_examples=5, stateful_step_count=12, deadline=None))
+    assert places and all(any(place.iterdir()) for place in places)
 
 
 @settings(max_examples=30)
