@@ -14,7 +14,8 @@ training and weighs the stack.
 Arms of different size want rates of their own: `--own`, chosen for each on validation rows.
 
 - AUC, log loss: mean over seeds, with the spread. `vs single`, `vs stack`: AUC minus that of the single LoRA of equal
-  parameters, and of stack + arm minus the stack alone, seed 0, whole users redrawn, 95 %.
+  parameters, and of stack + arm minus the stack alone, seed 0, whole users redrawn, 95 %. The results file also has the
+  differences from the other single LoRA and from the uniform and the random gate.
 - stacked: AUC of the recommenders' stack with the arm as one more member.
 - swapped gate: routed as another user, whose history is not told; swapped: another user's history in all.
 - entropy (share of ln N), information (nats) and cosine of the meta-LoRAs.
@@ -41,12 +42,13 @@ from strategies.personal.world import RECOMMENDERS, World, base_of
 from tasks.recommendation.config import RatingsConfig, ReadingModelConfig
 from tasks.recommendation.files import load_interactions
 from tasks.recommendation.interactions import Interactions
-from tasks.recommendation.metrics import auc, paired_bootstrap
+from tasks.recommendation.metrics import Interval, auc, paired_bootstrap
 from tasks.recommendation.splits import SPLITS, Split
 
 SINGLE = "single-lora-equal-parameters"
 DEFAULT = ("reclora-product-shared-user", "reclora-product-own-user", "reclora-factor-own-pair", SINGLE,
            "single-lora-equal-rank", "uniform-gate", "random-gate", "unadapted")  # fmt: skip
+BEATEN = (SINGLE, "single-lora-equal-rank", "uniform-gate", "random-gate")
 HEADING = ("split", "arm", "AUC", "log loss", "vs single", "stacked", "vs stack", "swapped gate", "swapped",
            "entropy", "information", "cosine", "numbers", "CPU s")  # fmt: skip
 
@@ -100,16 +102,28 @@ def measured(world: World, names: Sequence[str], config: PersonalConfig, adapter
               f"{', '.join(f'{k} {v[-1]:.4f}' for k, v in each.figures.items())}", flush=True)  # fmt: skip
 
 
-def table(log: Interactions, split: Split, found: dict[str, Found]) -> list[list[str]]:
-    """Return the rows of one split's table, the heading first."""
+def differences(log: Interactions, split: Split, found: Mapping[str, Found]) -> dict[tuple[str, str], Interval]:
+    """Return the AUC of every arm minus that of each arm that it has to beat, and of stack + arm minus the stack."""
     labels, users = log.likes[split.test], log.users[split.test]
+    made: dict[tuple[str, str], Interval] = {}
+    for name, each in found.items():
+        for other in BEATEN:
+            if other in found and name not in (other, "stack"):
+                made[name, other] = paired_bootstrap(labels, each.logits[0], found[other].logits[0], users=users)
+                if each.stacked:
+                    made[name, f"{other}, stacked"] = paired_bootstrap(
+                        labels, each.stacked[0], found[other].stacked[0], users=users
+                    )
+        if each.stacked:
+            made[name, "stack"] = paired_bootstrap(labels, each.stacked[0], found["stack"].logits[0], users=users)
+    return made
+
+
+def table(split: Split, found: Mapping[str, Found], beside: Mapping[tuple[str, str], Interval]) -> list[list[str]]:
+    """Return the rows of one split's table, the heading first."""
     lines = [[*HEADING]]
     for name, each in found.items():
-        single = stacked = ""
-        if SINGLE in found and name not in (SINGLE, "stack"):
-            single = str(paired_bootstrap(labels, each.logits[0], found[SINGLE].logits[0], users=users))
-        if each.stacked:
-            stacked = str(paired_bootstrap(labels, each.stacked[0], found["stack"].logits[0], users=users))
+        single, stacked = (str(beside.get((name, other), "")) for other in (SINGLE, "stack"))
         shown = [each.told(figure) for figure in ("swapped_gate", "swapped", "entropy", "information", "cosine")]
         numbers = [
             f"{statistics.fmean(each.figures[n]):.0f}" if n in each.figures else "" for n in ("numbers", "cpu_s")
@@ -176,7 +190,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found: dict[str, Found] = {}
         for seed in range(chosen.seeds):
             measured(world_of(log, split, chosen, seed), chosen.arms, config, adapter, found, changes=changes)
-        lines += table(log, split, found)[bool(lines) :]
+        beside = differences(log, split, found)
+        lines += table(split, found, beside)[bool(lines) :]
+        for (arm, other), interval in beside.items():
+            key = f"{name}_{arm}_minus_{other}".replace(", ", "_").replace("-", "_")
+            figures |= {key: interval.value, f"{key}_low": interval.low, f"{key}_high": interval.high}
         for arm, each in found.items():
             key = f"{name}_{arm}".replace("-", "_")
             figures |= {f"{key}_{figure}": statistics.fmean(values) for figure, values in each.figures.items()}
