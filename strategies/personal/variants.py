@@ -41,6 +41,7 @@ VARIANTS: Mapping[str, Variant] = {
     "unadapted": Variant({**_ONE, "epochs": 0}),
     "uniform-gate": Variant({"gate": "uniform"}),
     "random-gate": Variant({"gate": "random"}),
+    "score-in-prompt": Variant({"base_score": "prompt"}),
 }
 """Arms that are trained. A swapped gate and a full swap are questions to a trained arm: `logits(routed_as=...)`."""
 

@@ -10,18 +10,28 @@ from lora.errors import DataError
 from tasks.recommendation.interactions import Floats, Ints
 
 Labels = NDArray[np.bool_]
+Weighed = Callable[[Floats], float]
+"""Weights of rows -> a figure."""
 
 
 def auc(labels: Labels, scores: Floats, *, weights: Floats | None = None) -> float:
     """Return the chance that a like scores above a dislike, ties half. Raises DataError where one kind is missing."""
-    weights = np.ones(len(labels)) if weights is None else weights
+    return weighed_auc(labels, scores)(np.ones(len(labels)) if weights is None else weights)
+
+
+def weighed_auc(labels: Labels, scores: Floats) -> Weighed:
+    """Return the AUC as a function of the rows' weights; scores are sorted once for all of them."""
     values, place = np.unique(scores, return_inverse=True)
-    good = np.bincount(place, weights=weights * labels, minlength=len(values))
-    bad = np.bincount(place, weights=weights * ~labels, minlength=len(values))
-    if not (good.sum() > 0 and bad.sum() > 0):
-        raise DataError(f"AUC needs likes and dislikes; there are {labels.sum()} likes in {len(labels)} rows")
-    below = np.cumsum(bad) - bad / 2
-    return float(good @ below / good.sum() / bad.sum())
+
+    def figure(weights: Floats) -> float:
+        good = np.bincount(place, weights=weights * labels, minlength=len(values))
+        bad = np.bincount(place, weights=weights * ~labels, minlength=len(values))
+        if not (good.sum() > 0 and bad.sum() > 0):
+            raise DataError(f"AUC needs likes and dislikes; there are {labels.sum()} likes in {len(labels)} rows")
+        below = np.cumsum(bad) - bad / 2
+        return float(good @ below / good.sum() / bad.sum())
+
+    return figure
 
 
 def log_loss(labels: Labels, logits: Floats, *, weights: Floats | None = None) -> float:
@@ -87,13 +97,15 @@ class Interval:
         return f"{self.value:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
 
 
-Measure = Callable[[Labels, Floats, Floats], float]
-"""(labels, logits, weights) -> figure."""
+Measure = Callable[[Labels, Floats], Weighed]
+"""(labels, logits) -> the figure for given weights."""
 
-MEASURES: Mapping[str, Measure] = {
-    "auc": lambda labels, logits, weights: auc(labels, logits, weights=weights),
-    "log_loss": lambda labels, logits, weights: log_loss(labels, logits, weights=weights),
-}
+
+def _weighed_log_loss(labels: Labels, logits: Floats) -> Weighed:
+    return lambda weights: log_loss(labels, logits, weights=weights)
+
+
+MEASURES: Mapping[str, Measure] = {"auc": weighed_auc, "log_loss": _weighed_log_loss}
 
 
 def paired_bootstrap(
@@ -112,7 +124,7 @@ def paired_bootstrap(
     Rows of one user go together, so redrawing rows would claim far too much certainty. Logits are `[rows]`, or
     `[runs, rows]` for the mean over runs, such as seeds; the interval is then of that mean, runs as they were.
     """
-    figure = _over_runs(MEASURES[measure])
+    difference = _mean_difference(MEASURES[measure], labels, one, other)
     _, owner = np.unique(users, return_inverse=True)
     count = int(owner.max()) + 1
     rng = np.random.default_rng(seed)
@@ -120,14 +132,16 @@ def paired_bootstrap(
     for _ in range(draws):
         weights = np.bincount(rng.integers(count, size=count), minlength=count)[owner].astype(np.float64)
         if np.unique(labels[weights > 0]).size == 2:
-            differences.append(figure(labels, one, weights) - figure(labels, other, weights))
-    whole = np.ones(len(labels))
+            differences.append(difference(weights))
     low, high = np.quantile(differences, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(figure(labels, one, whole) - figure(labels, other, whole), float(low), float(high))
+    return Interval(difference(np.ones(len(labels))), float(low), float(high))
 
 
-def _over_runs(measure: Measure) -> Measure:
-    def figure(labels: Labels, logits: Floats, weights: Floats) -> float:
-        return float(np.mean([measure(labels, run, weights) for run in np.atleast_2d(logits)]))
+def _mean_difference(measure: Measure, labels: Labels, one: Floats, other: Floats) -> Weighed:
+    sides = [[measure(labels, run) for run in np.atleast_2d(logits)] for logits in (one, other)]
+
+    def figure(weights: Floats) -> float:
+        first, second = (float(np.mean([run(weights) for run in runs])) for runs in sides)
+        return first - second
 
     return figure

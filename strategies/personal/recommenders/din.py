@@ -96,9 +96,12 @@ class Din:
     def __init__(self, settings: DinSettings | None = None, *, chosen: Chosen | None = None, name: str = "DIN") -> None:
         self.settings = settings or DinSettings()
         self.name = name
-        self._chosen: Chosen = chosen or (lambda log, queries: queries.latest(self.settings.length))
+        self._chosen = chosen or self._latest
         self._network: DinNetwork | None = None
         self._mean = 0.5
+
+    def _latest(self, log: Interactions, queries: Queries) -> Ints:
+        return queries.latest(self.settings.length)
 
     def fit(self, log: Interactions, split: Split, *, seed: int) -> None:
         """Learn on training rows, stop on validation."""
