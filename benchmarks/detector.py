@@ -35,12 +35,12 @@ from lora.config import AdapterConfig
 from lora.frame import Frame
 from lora.model import AdaptedModel
 from privacy.randomness import SeededRandomness
+from strategies.unlearning.audited_request import AuditedRequest
 from strategies.unlearning.class_statistics import Shape
 from strategies.unlearning.contrastive import ContrastiveSettings, train_encoder
 from strategies.unlearning.detector import Detector, Detectors, DetectorSettings, detector_of
 from strategies.unlearning.encoder import SharedEncoder
 from strategies.unlearning.o3 import Slot
-from strategies.unlearning.request import Request
 from tasks.config import ModelConfig
 from tasks.examples import Examples
 from tasks.models import BaseModel, load_base
@@ -137,10 +137,12 @@ def _padded(encoder: SharedEncoder, batch: Batch, width: int) -> Tensor:
     return torch.stack([torch.nn.functional.normalize(states[layer].mean(1), dim=1) for layer in encoder.layers], dim=1)
 
 
-def views(world: World, domain: str, seen: Callable[[Tokens], Tensor], asked: Tensor) -> tuple[Views, Request, Tokens]:
+def views(
+    world: World, domain: str, seen: Callable[[Tokens], Tensor], asked: Tensor
+) -> tuple[Views, AuditedRequest, Tokens]:
     """Divide a domain's training rows as a request does, and take features of both parts."""
     tokens = world.train.take(world.rows(domain))
-    request = Request(Examples(("",) * len(tokens), tuple(map(int, tokens.labels))))  # type: ignore[arg-type]
+    request = AuditedRequest(Examples(("",) * len(tokens), tuple(map(int, tokens.labels))))  # type: ignore[arg-type]
     used, held_back = request.used, request.held_back
     labels = torch.from_numpy(tokens.labels[used])  # type: ignore[index]
     whole = seen(tokens)

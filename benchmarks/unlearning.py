@@ -39,12 +39,12 @@ from strategies.unlearning.attacks import (
     relearn,
 )
 from strategies.unlearning.class_baselines import OBJECTIVES, baseline
+from strategies.unlearning.class_request import ClassRequest, Method
 from strategies.unlearning.classifier import Classifier, fit, image_classifier, text_classifier
 from strategies.unlearning.config import BudgetConfig, FitConfig, GsLoraConfig
 from strategies.unlearning.gs_lora import GsLora
 from strategies.unlearning.measures import Answers
 from strategies.unlearning.prototypes import Prototypes
-from strategies.unlearning.requests import ForgetRequest, Method
 from strategies.unlearning.stream import Moment, Report, SampleConfig, requests, run, sampled
 from tasks.config import DataConfig, ModelConfig
 from tasks.data import load_splits
@@ -173,7 +173,7 @@ def methods(course: Course, settled: Mapping[str, object]) -> dict[str, Method]:
     return gs | {name: baseline(name) for name in (*OBJECTIVES, "retrain")}
 
 
-def asked(course: Course, classifier: Classifier, *, seed: int) -> list[ForgetRequest]:
+def asked(course: Course, classifier: Classifier, *, seed: int) -> list[ClassRequest]:
     """Return the requests of a seed, with prototypes taken of what is held at the start."""
     sample = course.sample.model_copy(update={"seed": seed})
     held = [sampled(course.train, sample.replay, classes=set(range(course.classes)) - set(sample.missing), seed=seed)]
@@ -225,7 +225,7 @@ def _told(course: Course, name: str, moment: Moment) -> list[str]:
 
 
 def retrained(
-    course: Course, stream: Sequence[ForgetRequest], *, count: int, seed: int, lines: list[list[str]]
+    course: Course, stream: Sequence[ClassRequest], *, count: int, seed: int, lines: list[list[str]]
 ) -> list[Classifier]:
     """Train classifiers anew on all rows but those of classes that the stream forgets."""
     gone = {label for request in stream for label in request.classes}
@@ -241,7 +241,7 @@ def retrained(
 
 
 def attacked(
-    course: Course, model: Classifier, stream: Sequence[ForgetRequest], gold: Sequence[Classifier]
+    course: Course, model: Classifier, stream: Sequence[ClassRequest], gold: Sequence[Classifier]
 ) -> dict[str, float]:
     """Try to bring the first request back from a classifier at the end of the stream."""
     request = stream[0]

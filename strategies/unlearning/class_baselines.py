@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora.errors import ConfigError, nearest
+from strategies.unlearning.class_request import ClassRequest, Method, Outcome, Tracing
 from strategies.unlearning.classifier import Classifier, Gathered, cosine, fit, gathered, passes, recycled, step
 from strategies.unlearning.config import BudgetConfig, FitConfig, GsLoraConfig
 from strategies.unlearning.gs_lora import bounded_forgetting, forget_bound
-from strategies.unlearning.requests import ForgetRequest, Method, Outcome, Tracing
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,14 @@ class Objective(Protocol):
         """Yield the losses of one step."""
 
 
-Maker = Callable[[Classifier, ForgetRequest, int], Objective]
+Maker = Callable[[Classifier, ClassRequest, int], Objective]
 """Makes a method's objective of the classifier as it was before the request (its own copy), the request and a seed."""
 
 
 class GradientAscent:
     """Climb the loss of the forgotten rows, with nothing to hold the rest (Jang et al., ACL 2023)."""
 
-    def __init__(self, before: Classifier, request: ForgetRequest, seed: int) -> None: ...
+    def __init__(self, before: Classifier, request: ClassRequest, seed: int) -> None: ...
 
     def losses(self, drawn: Drawn) -> Iterator[Tensor]:
         """Yield minus the forget loss."""
@@ -71,7 +71,7 @@ class GradientAscent:
 class GradientDifference:
     """Climb the loss of the forgotten rows and go down that of the retained (Liu et al., CoLLAs 2022)."""
 
-    def __init__(self, before: Classifier, request: ForgetRequest, seed: int) -> None: ...
+    def __init__(self, before: Classifier, request: ClassRequest, seed: int) -> None: ...
 
     def losses(self, drawn: Drawn) -> Iterator[Tensor]:
         """Yield the difference."""
@@ -83,7 +83,7 @@ class NegativePreference:
 
     beta = 0.1
 
-    def __init__(self, before: Classifier, request: ForgetRequest, seed: int) -> None:
+    def __init__(self, before: Classifier, request: ClassRequest, seed: int) -> None:
         labels = torch.from_numpy(np.asarray(request.forget.labels, dtype=np.int64))
         self.before = -F.cross_entropy(before.logits(request.forget), labels, reduction="none")
 
@@ -96,7 +96,7 @@ class NegativePreference:
 class RandomLabels:
     """Learn another label for every forgotten row: preference optimisation, of a classifier. Labels are drawn once."""
 
-    def __init__(self, before: Classifier, request: ForgetRequest, seed: int) -> None:
+    def __init__(self, before: Classifier, request: ClassRequest, seed: int) -> None:
         others = np.setdiff1d(np.arange(before.classes), request.classes)
         drawn = np.random.default_rng(seed).choice(others, size=len(request.forget))
         self.labels = torch.from_numpy(drawn)
@@ -118,7 +118,7 @@ class Scrub:
     retained = 1.0
     """Weight of the retained rows' own labels beside the teacher."""
 
-    def __init__(self, before: Classifier, request: ForgetRequest, seed: int) -> None:
+    def __init__(self, before: Classifier, request: ClassRequest, seed: int) -> None:
         self.forget = F.log_softmax(before.logits(request.forget), dim=1)
         self.retain = F.log_softmax(before.logits(request.retain), dim=1)
 
@@ -146,7 +146,7 @@ class ElasticWeights:
     rows = 64
     """Most retained rows of the Fisher information."""
 
-    def __init__(self, before: Classifier, request: ForgetRequest, seed: int) -> None:
+    def __init__(self, before: Classifier, request: ClassRequest, seed: int) -> None:
         self.bound = forget_bound(GsLoraConfig(), before.classes)
         self.start = [weight.detach().clone() for weight in before.parameters()]
         self.fisher = [torch.zeros_like(weight) for weight in self.start]
@@ -180,7 +180,7 @@ class Tuned:
     weight_decay: float = 0.0
 
     def forget(
-        self, classifier: Classifier, request: ForgetRequest, budget: BudgetConfig, *, seed: int
+        self, classifier: Classifier, request: ClassRequest, budget: BudgetConfig, *, seed: int
     ) -> Outcome[Classifier]:
         """Train a copy of the classifier with AdamW, its rate falling along a cosine."""
         request.check(classifier.classes)
@@ -204,7 +204,7 @@ class Tuned:
 
 
 def _steps(
-    student: Classifier, request: ForgetRequest, budget: BudgetConfig, *, seed: int
+    student: Classifier, request: ClassRequest, budget: BudgetConfig, *, seed: int
 ) -> Iterator[tuple[Gathered, Gathered]]:
     """Yield the rows of every step, the same for every method of a seed."""
     rng = np.random.default_rng(seed)
@@ -223,7 +223,7 @@ class Retrain:
     name: str = "retrain"
 
     def forget(
-        self, classifier: Classifier, request: ForgetRequest, budget: BudgetConfig, *, seed: int
+        self, classifier: Classifier, request: ClassRequest, budget: BudgetConfig, *, seed: int
     ) -> Outcome[Classifier]:
         """Return a classifier that shares no trained weight with the one that is given."""
         request.check(classifier.classes)

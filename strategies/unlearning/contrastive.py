@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from lora.gradients import SummedGradients
 from lora.model import AdaptedModel
+from strategies.unlearning.audited_request import AuditedRequest
 from strategies.unlearning.o3 import Slot
-from strategies.unlearning.request import Request
 from tasks.models import BaseModel
 from tasks.tokens import IGNORED, Batch, Tokens
 
@@ -99,7 +99,7 @@ class Adapted:
 def train_encoder(
     adapted: AdaptedModel,
     base: BaseModel,
-    request: Request,
+    request: AuditedRequest,
     tokens: Tokens,
     *,
     start: Slot,

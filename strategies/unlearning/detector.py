@@ -21,9 +21,9 @@ from torch import Tensor
 from lora.errors import DataError
 from privacy.randomness import Randomness
 from strategies.unlearning.audit import derived
+from strategies.unlearning.audited_request import AuditedRequest
 from strategies.unlearning.class_statistics import ClassStatistics, Shape, StackedStatistics, class_statistics
 from strategies.unlearning.encoder import SharedEncoder
-from strategies.unlearning.request import Request
 from strategies.unlearning.weight import MirroredCdf
 from tasks.tokens import Ids, Tokens
 
@@ -119,7 +119,7 @@ class Detectors:
 
 def fit_detector(
     encoder: SharedEncoder,
-    request: Request,
+    request: AuditedRequest,
     tokens: Tokens,
     *,
     settings: DetectorSettings,
@@ -191,7 +191,9 @@ def svm_weights(terms: Tensor, *, nu: float) -> Tensor:
     return weights
 
 
-def request_features(encoder: SharedEncoder, request: Request, tokens: Tokens, rows: Ids, *, size: int = 128) -> Tensor:
+def request_features(
+    encoder: SharedEncoder, request: AuditedRequest, tokens: Tokens, rows: Ids, *, size: int = 128
+) -> Tensor:
     """Return the features `[rows, layers, d]` of some of a request's rows, in their order."""
     order = tokens.lengths[rows].argsort(kind="stable")
     chunks = [rows[order[start : start + size]] for start in range(0, len(order), size)]

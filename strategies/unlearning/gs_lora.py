@@ -23,11 +23,11 @@ from lora.config import AdapterConfig
 from lora.errors import DataError
 from lora.merge import merge
 from lora.model import AdaptedModel
+from strategies.unlearning.class_request import BlockNorms, ClassRequest, Outcome, Tracing
 from strategies.unlearning.classifier import Classifier, Gathered, cosine, gathered, passes, recycled, step
 from strategies.unlearning.config import BudgetConfig, GsLoraConfig
 from strategies.unlearning.group_lasso import ProximalGroups, grouped, norm, penalty, update_norms
 from strategies.unlearning.prototypes import Prototypes
-from strategies.unlearning.requests import BlockNorms, ForgetRequest, Outcome, Tracing
 from tasks.encoders import Rows
 
 Factors = dict[tuple[Part, str], nn.Parameter]
@@ -84,12 +84,12 @@ class GsLora:
         self.name = name or ("GS-LoRA++" if self.config.prototypes else "GS-LoRA")
 
     def forget(
-        self, classifier: Classifier, request: ForgetRequest, budget: BudgetConfig, *, seed: int
+        self, classifier: Classifier, request: ClassRequest, budget: BudgetConfig, *, seed: int
     ) -> Outcome[Classifier]:
         """Train an adapter and merge it."""
         return self.propose(classifier, request, budget, seed=seed).merge()
 
-    def propose(self, classifier: Classifier, request: ForgetRequest, budget: BudgetConfig, *, seed: int) -> Proposal:
+    def propose(self, classifier: Classifier, request: ClassRequest, budget: BudgetConfig, *, seed: int) -> Proposal:
         """Train a fresh adapter on a copy of the classifier; only its factors move.
 
         Raises DataError for a class that the classifier lacks, and for GS-LoRA++ without prototypes.
@@ -115,7 +115,7 @@ class _Training:
     """One request's adapter while it trains."""
 
     def __init__(
-        self, config: GsLoraConfig, classifier: Classifier, request: ForgetRequest, budget: BudgetConfig, *, seed: int
+        self, config: GsLoraConfig, classifier: Classifier, request: ClassRequest, budget: BudgetConfig, *, seed: int
     ) -> None:
         self.config, self.classifier, self.request, self.budget = config, classifier, request, budget
         self.total = request.steps(budget)

@@ -21,9 +21,9 @@ from lora.bank import Bank
 from lora.codec import Entry, Layout, Part
 from lora.frame import Frame, Site
 from lora.gradients import GradientSink
+from strategies.unlearning.audited_request import AuditedRequest
 from strategies.unlearning.frames import Matrices, overlap_gradient
 from strategies.unlearning.objectives import Objective
-from strategies.unlearning.request import Request
 from tasks.learner import Blocks, Learner
 from tasks.tokens import Batch
 
@@ -91,7 +91,7 @@ class Unlearned:
 
 def unlearn(
     learner: Learner,
-    request: Request,
+    request: AuditedRequest,
     objective: Objective,
     *,
     model: Tensor,
@@ -122,7 +122,7 @@ def unlearn(
 
 
 def _epochs(
-    learner: Learner, request: Request, objective: Objective, *, settings: SlotSettings, seed: int
+    learner: Learner, request: AuditedRequest, objective: Objective, *, settings: SlotSettings, seed: int
 ) -> Iterator[list[Batch]]:
     """Yield the batches of every epoch: the used rows in a new order, with answers drawn by the objective."""
     source = random.Random(f"unlearning/{seed}")

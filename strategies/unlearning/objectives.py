@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lora.errors import DataError
-from strategies.unlearning.request import Request
+from strategies.unlearning.audited_request import AuditedRequest
 from tasks.examples import Examples
 from tasks.learner import Classification, Learner
 
@@ -90,7 +90,7 @@ class RunnerUp:
 
 @torch.no_grad()
 def runner_up(
-    learner: Learner, request: Request, *, model: Tensor, avoid: Collection[int], size: int = 128
+    learner: Learner, request: AuditedRequest, *, model: Tensor, avoid: Collection[int], size: int = 128
 ) -> RunnerUp:
     """Ask the model `[learner.layout.size]` for the best label outside `avoid` of every used row of a request.
 

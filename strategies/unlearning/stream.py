@@ -8,11 +8,11 @@ from pydantic import Field
 
 from lora.config import Section
 from lora.errors import DataError
+from strategies.unlearning.class_request import ClassRequest, Method, Outcome
 from strategies.unlearning.classifier import Classifier
 from strategies.unlearning.config import BudgetConfig
 from strategies.unlearning.measures import Answers, Standing, standing
 from strategies.unlearning.prototypes import Prototypes
-from strategies.unlearning.requests import ForgetRequest, Method, Outcome
 from tasks.encoders import Rows, labels_of
 from tasks.tokens import Ids
 
@@ -50,7 +50,7 @@ def requests(
     *,
     classes: int,
     prototypes: Prototypes | None = None,
-) -> Iterator[ForgetRequest]:
+) -> Iterator[ClassRequest]:
     """Yield the requests in order; rows and prototypes of classes that were forgotten are in no later one.
 
     Raises DataError for a class that is asked for twice, and where nothing would remain.
@@ -66,7 +66,7 @@ def requests(
             raise DataError(f"request {number} leaves no class; to forget everything, delete the classifier")
         forget = sampled(rows, config.forget, classes=named, seed=config.seed)
         retain = sampled(rows, config.replay, classes=staying, seed=config.seed)
-        yield ForgetRequest(tuple(sorted(named)), rows.take(forget), rows.take(retain), prototypes)
+        yield ClassRequest(tuple(sorted(named)), rows.take(forget), rows.take(retain), prototypes)
         prototypes = None if prototypes is None else prototypes.without(named)
 
 
@@ -127,7 +127,7 @@ class Report:
 def run(
     classifier: Classifier,
     method: Method,
-    asked: Sequence[ForgetRequest],
+    asked: Sequence[ClassRequest],
     *,
     unseen: Rows,
     budget: BudgetConfig,
@@ -161,6 +161,6 @@ def run(
     return Report(method.name, tuple(moments))
 
 
-def _line(model: Classifier, after: Answers, time: int, number: int, request: ForgetRequest) -> Line:
+def _line(model: Classifier, after: Answers, time: int, number: int, request: ClassRequest) -> Line:
     seen = Answers.of(model, request.forget).accuracy(request.classes)
     return Line(time, number, seen, after.accuracy(request.classes))

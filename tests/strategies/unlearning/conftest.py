@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from lora.config import AdapterConfig
+from strategies.unlearning.audited_request import AuditedRequest
+from strategies.unlearning.class_request import ClassRequest
 from strategies.unlearning.classifier import Classifier, fit, image_classifier
 from strategies.unlearning.config import FitConfig
 from strategies.unlearning.measures import Answers
-from strategies.unlearning.request import Request
-from strategies.unlearning.requests import ForgetRequest
 from strategies.unlearning.stream import sampled
 from tasks.config import ModelConfig, TaskConfig
 from tasks.examples import Examples
@@ -65,8 +65,8 @@ def rows() -> Callable[..., Examples]:
 
 
 @pytest.fixture
-def request_of(rows: Callable[..., Examples]) -> Callable[..., Request]:
-    return lambda *labels: Request(rows(*labels))
+def request_of(rows: Callable[..., Examples]) -> Callable[..., AuditedRequest]:
+    return lambda *labels: AuditedRequest(rows(*labels))
 
 
 @pytest.fixture
@@ -87,10 +87,10 @@ class Toy:
     classifier: Classifier
     splits: ImageSplits
 
-    def request(self, *classes: int, rows: int = 25) -> ForgetRequest:
+    def request(self, *classes: int, rows: int = 25) -> ClassRequest:
         train, rest = self.splits.train, set(range(10)) - {*classes}
         forget, retain = (train.take(sampled(train, rows, classes=each, seed=0)) for each in (set(classes), rest))
-        return ForgetRequest(classes, forget, retain)
+        return ClassRequest(classes, forget, retain)
 
     def accuracy(self, model: Classifier, *classes: int) -> float:
         return Answers.of(model, self.splits.test).accuracy(classes)

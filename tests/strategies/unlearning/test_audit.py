@@ -9,7 +9,7 @@ import torch
 
 from lora.errors import DataError
 from strategies.unlearning.audit import Audit
-from strategies.unlearning.request import Request
+from strategies.unlearning.audited_request import AuditedRequest
 from tasks.examples import Examples
 from tasks.learner import Learner
 
@@ -79,7 +79,7 @@ def test_after_the_watch_nothing_is_counted(tmp_path: Path) -> None:
     assert audit.report()["files"] == audit.report()["foreign"] == 0
 
 
-def test_rows_are_counted(learner: Learner, request_of: Callable[..., Request]) -> None:
+def test_rows_are_counted(learner: Learner, request_of: Callable[..., AuditedRequest]) -> None:
     request = request_of(0, 1)
     tokens = request.tokens(learner.task)
     with request.audit.watching():
@@ -89,10 +89,10 @@ def test_rows_are_counted(learner: Learner, request_of: Callable[..., Request]) 
     assert request.audit.report()["row_reads"] == 3 and request.audit.report()["rows"] == 2
 
 
-def test_a_request_is_divided_once_and_for_all(request_of: Callable[..., Request]) -> None:
+def test_a_request_is_divided_once_and_for_all(request_of: Callable[..., AuditedRequest]) -> None:
     request = request_of(0, 1)
     assert sorted([*request.used, *request.held_back]) == list(range(48))
     assert len(request.held_back) == round(0.2 * 48)
     assert (request.used == request_of(0, 1).used).all()
     with pytest.raises(DataError, match=r"of 1 examples cannot be divided .* at least 2"):
-        _ = Request(Examples(("one",), (0,)))
+        _ = AuditedRequest(Examples(("one",), (0,)))

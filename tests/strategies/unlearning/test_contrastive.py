@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lora.frame import Frame
+from strategies.unlearning.audited_request import AuditedRequest
 from strategies.unlearning.contrastive import (
     ContrastiveSettings,
     entropy_loss,
@@ -19,7 +20,6 @@ from strategies.unlearning.contrastive import (
 )
 from strategies.unlearning.encoder import SharedEncoder
 from strategies.unlearning.o3 import Slot
-from strategies.unlearning.request import Request
 from tasks.learner import Learner
 from tasks.tokens import IGNORED
 
@@ -61,7 +61,7 @@ def test_means_leave_padding_out(noise: torch.Generator) -> None:
     torch.testing.assert_close(found[1], states[1].mean(0))
 
 
-def test_masking_hides_the_share_that_it_says(learner: Learner, request_of: Callable[..., Request]) -> None:
+def test_masking_hides_the_share_that_it_says(learner: Learner, request_of: Callable[..., AuditedRequest]) -> None:
     request = request_of(0, 1, 2, 3)
     batch = request.batch(request.tokens(learner.task), range(96), pad=learner.pad)
     shown, labels = mask_tokens(batch, learner.base.tokenizer, share=0.15, source=np.random.default_rng(0))
@@ -73,7 +73,7 @@ def test_masking_hides_the_share_that_it_says(learner: Learner, request_of: Call
     assert 0.8 < (shown != batch.input_ids)[chosen].float().mean() < 0.97
 
 
-def test_a_mask_token_is_used_where_there_is_one(learner: Learner, request_of: Callable[..., Request]) -> None:
+def test_a_mask_token_is_used_where_there_is_one(learner: Learner, request_of: Callable[..., AuditedRequest]) -> None:
     class Tokenizer:
         all_special_ids = (0, 1, 2)
         mask_token_id = 258
@@ -90,7 +90,9 @@ def test_a_mask_token_is_used_where_there_is_one(learner: Learner, request_of: C
 
 
 @pytest.mark.parametrize("part", ["entropy", "mlm"])
-def test_training_lowers_the_loss_that_is_on(part: str, learner: Learner, request_of: Callable[..., Request]) -> None:
+def test_training_lowers_the_loss_that_is_on(
+    part: str, learner: Learner, request_of: Callable[..., AuditedRequest]
+) -> None:
     request = request_of(0, 1)
     tokens = request.tokens(learner.task)
     sites = learner.adapted.sites

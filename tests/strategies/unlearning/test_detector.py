@@ -11,6 +11,7 @@ from sklearn.svm import OneClassSVM
 from torch import Tensor
 
 from lora.errors import DataError, ModelError
+from strategies.unlearning.audited_request import AuditedRequest
 from strategies.unlearning.class_statistics import Shape
 from strategies.unlearning.detector import (
     TERMS,
@@ -23,7 +24,6 @@ from strategies.unlearning.detector import (
     svm_weights,
 )
 from strategies.unlearning.encoder import SharedEncoder, masked_mean
-from strategies.unlearning.request import Request
 from tasks.examples import Examples
 from tasks.learner import Learner
 from tasks.tokens import Batch, collate
@@ -44,7 +44,7 @@ def seen(encoder: SharedEncoder, learner: Learner, examples: Examples) -> Tensor
     return found
 
 
-def fit(encoder: SharedEncoder, learner: Learner, request: Request, **settings: object) -> Detector:
+def fit(encoder: SharedEncoder, learner: Learner, request: AuditedRequest, **settings: object) -> Detector:
     made = DetectorSettings(shape=Shape(shrinkage=0.5), **settings)  # type: ignore[arg-type]
     return fit_detector(encoder, request, request.tokens(learner.task), settings=made)
 
@@ -70,7 +70,7 @@ def test_every_term_alone_and_together_tells_the_request_from_others(
 
 
 def test_only_the_requests_rows_are_read_and_thresholds_come_from_the_held_back(
-    encoder: SharedEncoder, learner: Learner, request_of: Callable[..., Request]
+    encoder: SharedEncoder, learner: Learner, request_of: Callable[..., AuditedRequest]
 ) -> None:
     request = request_of(2, 3)
     detector = fit(encoder, learner, request)
@@ -93,14 +93,14 @@ def test_a_planted_read_fails_the_detector(learner: Learner, rows: Callable[...,
             return super().features(batch) + retained.mean() * 0
 
     with pytest.raises(DataError, match=r"shape \(6, 2\)"):
-        fit(Peeking(learner.adapted, layers=LAYERS), learner, Request(rows(2, 3)))
+        fit(Peeking(learner.adapted, layers=LAYERS), learner, AuditedRequest(rows(2, 3)))
 
 
 def test_a_request_without_classes_is_clustered_under_the_same_audit(
     make_learner: Callable[..., Learner], rows: Callable[..., Examples]
 ) -> None:
     learner = make_learner("tiny-llama")
-    request = Request(Examples(rows(2, 3).texts))
+    request = AuditedRequest(Examples(rows(2, 3).texts))
     detector = fit(SharedEncoder(learner.adapted, layers=LAYERS), learner, request, combine="svm")
     assert request.audit.report()["foreign"] == 0 and len(detector.statistics[0].norms) > 1
 
@@ -125,7 +125,7 @@ def test_padding_changes_nothing(encoder: SharedEncoder, learner: Learner, rows:
     one, two, three = (encoder.features(batch)[0] for batch in (alone, padded, other))
     torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(two, three, atol=1e-6, rtol=1e-6)
-    detector = fit(encoder, learner, Request(rows(0, 1)))
+    detector = fit(encoder, learner, AuditedRequest(rows(0, 1)))
     ask = Detectors([detector]).distances
     torch.testing.assert_close(ask(one[None]), ask(two[None]), atol=1e-3, rtol=1e-3)
 
@@ -138,7 +138,7 @@ def test_means_are_of_length_one(noise: torch.Generator) -> None:
 
 
 def test_all_requests_share_one_pass(learner: Learner, encoder: SharedEncoder, rows: Callable[..., Examples]) -> None:
-    each = [fit(encoder, learner, Request(rows(label))) for label in range(4)] * 25
+    each = [fit(encoder, learner, AuditedRequest(rows(label))) for label in range(4)] * 25
     _, batch = learner.batches([(learner.task.tokenize(rows(0)), row) for row in range(8)])[0]
     calls: list[int] = []
     hook = learner.adapted.base.register_forward_hook(lambda *_: calls.append(1))
@@ -154,7 +154,7 @@ def test_all_requests_share_one_pass(learner: Learner, encoder: SharedEncoder, r
 def test_the_file_holds_no_examples_features(
     encoder: SharedEncoder, learner: Learner, rows: Callable[..., Examples], tmp_path: Path
 ) -> None:
-    request = Request(rows(2, 3))
+    request = AuditedRequest(rows(2, 3))
     detector = fit(encoder, learner, request, combine="svm")
     path = tmp_path / "detector.safetensors"
     detector.save(path)
@@ -182,7 +182,7 @@ def test_the_file_holds_no_examples_features(
 def test_what_was_saved_answers_as_before(
     encoder: SharedEncoder, learner: Learner, rows: Callable[..., Examples], tmp_path: Path
 ) -> None:
-    detector = fit(encoder, learner, Request(rows(2, 3)))
+    detector = fit(encoder, learner, AuditedRequest(rows(2, 3)))
     detector.save(tmp_path / "d")
     loaded = Detector.load(tmp_path / "d")
     asked = seen(encoder, learner, rows(0, 3))

@@ -9,13 +9,13 @@ from torch import Tensor
 from lora.bank import Bank
 from lora.errors import ModelError
 from lora.gate import Gate
+from strategies.unlearning.audited_request import AuditedRequest
 from strategies.unlearning.class_statistics import Shape
 from strategies.unlearning.detector import Detector, Detectors, DetectorSettings, fit_detector
 from strategies.unlearning.encoder import SharedEncoder
 from strategies.unlearning.frames import OrthogonalFrames
 from strategies.unlearning.gate import ForgettingGate, GatedLearner, SamePass
 from strategies.unlearning.o3 import Slot, slot_bank
-from strategies.unlearning.request import Request
 from tasks.examples import Examples
 from tasks.learner import Learner
 from tasks.tokens import Batch
@@ -26,7 +26,7 @@ def detector(
 ) -> Detector:
     factors = None if values is None else learner.layout.views(values)
     encoder = SharedEncoder(learner.adapted, layers=layers, factors=factors)
-    request = Request(examples)
+    request = AuditedRequest(examples)
     settings = DetectorSettings(shape=Shape(shrinkage=0.5))
     return fit_detector(encoder, request, request.tokens(learner.task), settings=settings)
 

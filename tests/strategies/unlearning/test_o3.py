@@ -14,10 +14,10 @@ from lora.frame import Frame
 from lora.gate import Gate
 from lora.overlay import Overlay
 from strategies.unlearning import o3
+from strategies.unlearning.audited_request import AuditedRequest
 from strategies.unlearning.frames import OrthogonalFrames, overlap_penalty, overlaps
 from strategies.unlearning.o3 import Slot, SlotSettings, slot_bank, unlearn
 from strategies.unlearning.objectives import RandomLabels, Refusals, runner_up
-from strategies.unlearning.request import Request
 from tasks.examples import Examples
 from tasks.heads import pool
 from tasks.learner import Learner
@@ -69,7 +69,7 @@ def test_a_slot_forgets_its_class_and_no_other_moves_when_it_is_not_mixed_in(
     values = fit_head(learner, rows(0, 1, 2, 3))
     before, start = values.clone(), fresh(learner)
     kept = start.values.clone()
-    request = Request(rows(3))
+    request = AuditedRequest(rows(3))
     made = unlearn(learner, request, objective(3), model=values, slot=start, settings=QUICK)
     assert accuracy(learner, values, rows(3), [made.slot], [0.0]) > 0.9
     assert accuracy(learner, values, rows(3), [made.slot], [1.0]) < 0.2
@@ -85,7 +85,7 @@ def test_the_next_best_label_spares_rows_that_pass_the_gate_by_mistake(
     learner: Learner, rows: Callable[..., Examples]
 ) -> None:
     values = fit_head(learner, rows(0, 1, 2, 3))
-    request = Request(rows(3))
+    request = AuditedRequest(rows(3))
     chosen = runner_up(learner, request, model=values, avoid=[3])
     assert set(request.audit.rows) == set(request.used.tolist()) and request.audit.report()["foreign"] == 0
     held = request.held_back.tolist()
@@ -98,7 +98,7 @@ def test_the_next_best_label_spares_rows_that_pass_the_gate_by_mistake(
     assert chosen.labels[int(request.used[0])] == int(answer[0, :3].argmax())
     spared = unlearn(learner, request, chosen, model=values, slot=fresh(learner), settings=QUICK).slot
     random_one = unlearn(
-        learner, Request(rows(3)), objective(3), model=values, slot=fresh(learner), settings=QUICK
+        learner, AuditedRequest(rows(3)), objective(3), model=values, slot=fresh(learner), settings=QUICK
     ).slot
     assert accuracy(learner, values, rows(3), [spared], [1.0]) < 0.2
     others = [accuracy(learner, values, rows(0, 1, 2), [slot], [1.0]) for slot in (spared, random_one)]
@@ -109,10 +109,10 @@ def test_the_next_best_label_needs_classes(
     learner: Learner, make_learner: Callable[..., Learner], rows: Callable[..., Examples]
 ) -> None:
     with pytest.raises(DataError, match="all 4 labels"):
-        runner_up(learner, Request(rows(3)), model=learner.start(), avoid=range(4))
+        runner_up(learner, AuditedRequest(rows(3)), model=learner.start(), avoid=range(4))
     causal = make_learner("tiny-llama")
     with pytest.raises(DataError, match="use refusals"):
-        runner_up(causal, Request(rows(3)), model=causal.start(), avoid=[3])
+        runner_up(causal, AuditedRequest(rows(3)), model=causal.start(), avoid=[3])
 
 
 def test_training_sees_the_model_that_the_overlay_answers_with(
@@ -133,7 +133,7 @@ def test_training_sees_the_model_that_the_overlay_answers_with(
         torch.testing.assert_close(learner.answers(values, batch, overlay=overlay).loss, stacked, atol=1e-5, rtol=1e-5)
 
 
-def test_only_the_requests_used_rows_are_read(learner: Learner, request_of: Callable[..., Request]) -> None:
+def test_only_the_requests_used_rows_are_read(learner: Learner, request_of: Callable[..., AuditedRequest]) -> None:
     request = request_of(3)
     unlearn(learner, request, objective(3), model=learner.start(), slot=fresh(learner), settings=QUICK)
     report = request.audit.report()
@@ -145,7 +145,7 @@ def test_only_the_requests_used_rows_are_read(learner: Learner, request_of: Call
 
 @pytest.mark.parametrize("planted", ["tensor", "file"])
 def test_a_planted_read_of_retained_data_fails_the_request(
-    planted: str, learner: Learner, request_of: Callable[..., Request], monkeypatch: Any, tmp_path: Any
+    planted: str, learner: Learner, request_of: Callable[..., AuditedRequest], monkeypatch: Any, tmp_path: Any
 ) -> None:
     retained = torch.randn(5, 7)
     np.save(tmp_path / "retained.npy", retained.numpy())
@@ -168,7 +168,7 @@ def test_a_later_request_undoes_nothing_of_an_earlier_one(learner: Learner, rows
     slots: list[Slot] = []
     for block, label in enumerate((3, 2)):
         start = fresh(learner, block)
-        made = unlearn(learner, Request(rows(label)), objective(label), model=values, slot=start, settings=QUICK)
+        made = unlearn(learner, AuditedRequest(rows(label)), objective(label), model=values, slot=start, settings=QUICK)
         slots.append(made.slot)
     assert overlaps([slot.part("A") for slot in slots]).max() < 1e-6
     alone = accuracy(learner, values, rows(3), slots[:1], [1.0])
@@ -184,13 +184,13 @@ def test_the_carried_adapter_goes_on_from_the_one_before_and_pays_for_overlap(
     sites = learner.adapted.sites
     carried = replace(QUICK, variant="carried", epochs=4)
     start = Slot.fresh(sites, Frame.draw(sites, rank=2, seed=5))
-    first = unlearn(learner, Request(rows(3)), objective(3), model=values, slot=start, settings=carried).slot
+    first = unlearn(learner, AuditedRequest(rows(3)), objective(3), model=values, slot=start, settings=carried).slot
     assert not torch.equal(first.part("A")[sites[0].name], start.part("A")[sites[0].name])
 
     def second(penalty: float) -> Slot:
         settings = replace(carried, penalty=penalty)
         made = unlearn(
-            learner, Request(rows(2)), objective(2), model=values, slot=first, settings=settings, earlier=[first]
+            learner, AuditedRequest(rows(2)), objective(2), model=values, slot=first, settings=settings, earlier=[first]
         )
         return made.slot
 
@@ -236,7 +236,9 @@ def test_a_language_model_learns_to_refuse(make_learner: Callable[..., Learner])
     asked = Examples(tuple(f"the answer is {i}" for i in range(10)), prompts=tuple(f"question {i}?" for i in range(10)))
     refusals = Refusals(("I do not know.",))
     settings = replace(QUICK, epochs=12, batch=4)
-    made = unlearn(learner, Request(asked), refusals, model=learner.start(), slot=fresh(learner), settings=settings)
+    made = unlearn(
+        learner, AuditedRequest(asked), refusals, model=learner.start(), slot=fresh(learner), settings=settings
+    )
     assert made.losses[-1] < 0.8 * made.losses[0]
 
 

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora.errors import DataError
+from strategies.unlearning.class_request import ClassRequest, Outcome
 from strategies.unlearning.classifier import Classifier
 from strategies.unlearning.config import BudgetConfig, GsLoraConfig
 from strategies.unlearning.gs_lora import GsLora
 from strategies.unlearning.prototypes import Prototypes
-from strategies.unlearning.requests import ForgetRequest, Outcome
 from strategies.unlearning.stream import Line, Moment, Report, SampleConfig, requests, run, sampled
 from tasks.images import Images
 
@@ -34,7 +34,7 @@ class Cut:
         self.undo_at = undo_at
 
     def forget(
-        self, classifier: Classifier, request: ForgetRequest, budget: BudgetConfig, *, seed: int
+        self, classifier: Classifier, request: ClassRequest, budget: BudgetConfig, *, seed: int
     ) -> Outcome[Classifier]:
         self.asked.append(request.classes)
         self.given.append(classifier)
@@ -46,7 +46,7 @@ class Cut:
         return Outcome(made, self.name, steps=0, cpu_s=0.0)
 
 
-def asked(toy: Any, config: SampleConfig | None = None, sequence: Sequence[Any] = SEQUENCE) -> list[ForgetRequest]:
+def asked(toy: Any, config: SampleConfig | None = None, sequence: Sequence[Any] = SEQUENCE) -> list[ClassRequest]:
     return list(requests(toy.splits.train, sequence, config or SampleConfig(forget=6, replay=4), classes=10))
 
 

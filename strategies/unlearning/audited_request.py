@@ -17,7 +17,7 @@ HELD_BACK = 0.2
 
 
 @dataclass(frozen=True)
-class Request:
+class AuditedRequest:
     """A request's examples, divided at random into `used` rows and `held_back` ones; the audit counts every read."""
 
     examples: Examples

@@ -18,7 +18,7 @@ Trace = Sequence[Mapping[str, float]]
 
 
 @dataclass(frozen=True)
-class ForgetRequest:
+class ClassRequest:
     """Classes to forget, rows of them, and a small sample of what stays.
 
     Raises DataError for no class, for rows that contradict the classes, and for an empty set.
@@ -88,7 +88,7 @@ class Method(Protocol):
         """What tables call it."""
 
     def forget(
-        self, classifier: Classifier, request: ForgetRequest, budget: BudgetConfig, *, seed: int
+        self, classifier: Classifier, request: ClassRequest, budget: BudgetConfig, *, seed: int
     ) -> Outcome[Classifier]:
         """Return the classifier after the request. Raises DataError for a request that does not fit it."""
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from lora.errors import DataError
+from strategies.unlearning.class_request import ClassRequest, Tracing
 from strategies.unlearning.config import BudgetConfig
-from strategies.unlearning.requests import ForgetRequest, Tracing
 
 
 def rows(toy: Any, *classes: int) -> Any:
@@ -15,12 +15,12 @@ def rows(toy: Any, *classes: int) -> Any:
     return train.take([i for i, label in enumerate(train.labels) if label in classes][:20])
 
 
-BAD: dict[str, Callable[[Any], ForgetRequest]] = {
-    "names no class": lambda toy: ForgetRequest((), rows(toy, 1), rows(toy, 2)),
-    "no row of the classes": lambda toy: ForgetRequest((1,), rows(toy), rows(toy, 2)),
-    "nothing would stay": lambda toy: ForgetRequest((1,), rows(toy, 1), rows(toy)),
-    "does not name": lambda toy: ForgetRequest((1,), rows(toy, 1, 3), rows(toy, 2)),
-    "is to be forgotten": lambda toy: ForgetRequest((1,), rows(toy, 1), rows(toy, 1, 2)),
+BAD: dict[str, Callable[[Any], ClassRequest]] = {
+    "names no class": lambda toy: ClassRequest((), rows(toy, 1), rows(toy, 2)),
+    "no row of the classes": lambda toy: ClassRequest((1,), rows(toy), rows(toy, 2)),
+    "nothing would stay": lambda toy: ClassRequest((1,), rows(toy, 1), rows(toy)),
+    "does not name": lambda toy: ClassRequest((1,), rows(toy, 1, 3), rows(toy, 2)),
+    "is to be forgotten": lambda toy: ClassRequest((1,), rows(toy, 1), rows(toy, 1, 2)),
 }
 
 
@@ -31,14 +31,14 @@ def test_a_request_that_contradicts_itself_is_refused(toy: Any, message: str) ->
 
 
 def test_a_class_that_the_classifier_lacks_is_named(toy: Any) -> None:
-    request = ForgetRequest((9, 12), rows(toy, 9), rows(toy, 2))
+    request = ClassRequest((9, 12), rows(toy, 9), rows(toy, 2))
     request.check(13)
     with pytest.raises(DataError, match="class 12 is not among the classifier's 10"):
         request.check(10)
 
 
 def test_steps_are_passes_over_the_replay_sample(toy: Any) -> None:
-    request = ForgetRequest((1,), rows(toy, 1), rows(toy, 2, 3))
+    request = ClassRequest((1,), rows(toy, 1), rows(toy, 2, 3))
     assert len(request.retain) == 20
     assert request.steps(BudgetConfig(epochs=3, batch=8)) == 9
 
