@@ -7,10 +7,10 @@ that nothing of a single example is kept; thresholds come from the request's hel
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -62,15 +62,31 @@ class Detector:
         """Numbers kept."""
         return sum(each.numbers for each in self.statistics) + self.weights.numel() + 5
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return everything that is a tensor, by name."""
+        found = {"weights": self.weights}
+        for place, each in enumerate(self.statistics):
+            found |= {f"{place}.{name}": getattr(each, name) for name in _TENSORS}
+        return {name: tensor.contiguous().cpu() for name, tensor in found.items()}
+
+    def about(self) -> dict[str, Any]:
+        """Return the rest, in plain JSON types."""
+        weight = asdict(self.weight)
+        return {"version": VERSION, "layers": list(self.layers), "weight": weight, "threshold": self.threshold}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> "Detector":
+        """Put together what `tensors` and `about` gave. Raises KeyError, TypeError or ValueError for anything else."""
+        places = range(len(about["layers"]))
+        statistics = tuple(ClassStatistics(*(tensors[f"{place}.{name}"] for name in _TENSORS)) for place in places)
+        weight = MirroredCdf(**about["weight"])
+        return cls(statistics, tuple(about["layers"]), tensors["weights"], weight, float(about["threshold"]))
+
     def save(self, path: Path) -> None:
         """Write one safetensors file, aside and then renamed."""
-        tensors = {"weights": self.weights}
-        for place, each in enumerate(self.statistics):
-            tensors |= {f"{place}.{name}": getattr(each, name) for name in _TENSORS}
-        about = {"version": VERSION, "layers": self.layers, "weight": asdict(self.weight), "threshold": self.threshold}
         aside = path.with_name(f"{path.name}.part")
         with aside.open("wb") as file:
-            file.write(save({n: t.contiguous().cpu() for n, t in tensors.items()}, {"detector": json.dumps(about)}))
+            file.write(save(self.tensors(), {"detector": json.dumps(self.about())}))
             file.flush()
             os.fsync(file.fileno())
         aside.rename(path)
@@ -81,11 +97,7 @@ class Detector:
         try:
             with safe_open(path, "pt") as file:
                 about = json.loads((file.metadata() or {})["detector"])
-                read = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            places = range(len(about["layers"]))
-            statistics = tuple(ClassStatistics(*(read[f"{place}.{name}"] for name in _TENSORS)) for place in places)
-            weight = MirroredCdf(**about["weight"])
-            return cls(statistics, tuple(about["layers"]), read["weights"], weight, float(about["threshold"]))
+                return cls.of({name: file.get_tensor(name) for name in file.keys()}, about)  # noqa: SIM118 (no mapping)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise DataError(f"{path}: not a detector's file ({error}); make it again with `lethe forget`") from error
 
