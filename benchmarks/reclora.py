@@ -30,7 +30,7 @@ import json
 import pickle
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -55,7 +55,7 @@ from strategies.personal.world import RECOMMENDERS, World, base_of
 from tasks.recommendation.config import RatingsConfig, ReadingModelConfig
 from tasks.recommendation.files import load_interactions
 from tasks.recommendation.interactions import Floats, Interactions, Queries
-from tasks.recommendation.metrics import Interval, auc, likes, paired_bootstrap
+from tasks.recommendation.metrics import Interval, Labels, auc, likes, paired_bootstrap
 from tasks.recommendation.reader import read
 from tasks.recommendation.splits import SPLITS, Split
 
@@ -63,7 +63,7 @@ SINGLE = "single-lora-equal-parameters"
 DEFAULT = ("reclora-product-shared-user", "reclora-product-own-user", "reclora-factor-own-pair", SINGLE,
            "single-lora-equal-rank", "uniform-gate", "random-gate", "unadapted")  # fmt: skip
 BEATEN = (SINGLE, "single-lora-equal-rank", "uniform-gate", "random-gate")
-SIMPLE = {"item mean": ItemMean, "item + recent level": recent_level}
+SIMPLE: Mapping[str, Callable[[], Recommender]] = {"item mean": ItemMean, "item + recent level": recent_level}
 READER = "language model alone"
 HEADING = ("split", "arm", "AUC", "log loss", "vs single", "stacked", "vs stack", "NDCG@10", "swapped gate", "swapped",
            "entropy", "information", "cosine", "numbers", "CPU s")  # fmt: skip
@@ -167,12 +167,12 @@ class Seeded:
         path = self.plan.path(self.seed, f"{name}.npz")
         if path is not None and path.exists():
             with np.load(path) as kept:
-                stacked = [kept["stacked"]] if "stacked" in kept else []
+                stacked = [kept["stacked"]] if "stacked" in kept and len(kept["stacked"]) else []
                 return Found(json.loads(str(kept["figures"])), [kept["logits"]], stacked)
         found = self._measured(name, changes)
         if path is not None:
-            more = {"stacked": found.stacked[0]} if found.stacked else {}
-            np.savez(path, figures=json.dumps(found.figures), logits=found.logits[0], **more)
+            answers = found.stacked[0] if found.stacked else np.empty(0)
+            np.savez(path, figures=np.array(json.dumps(found.figures)), logits=found.logits[0], stacked=answers)
         told = ", ".join(f"{key} {values[-1]:.4f}" for key, values in found.figures.items())
         print(f"{self.split.name}, seed {self.seed}, {name}: {told}", flush=True)
         return found
@@ -244,7 +244,7 @@ def searched(plan: Plan, names: Sequence[str], rates: Sequence[float], own: Mapp
 
 
 def _tried(  # noqa: PLR0917 (private)
-    seeded: Seeded, halves: Split, name: str, own: Mapping[str, str], rate: float, queries: Queries, labels: Floats
+    seeded: Seeded, halves: Split, name: str, own: Mapping[str, str], rate: float, queries: Queries, labels: Labels
 ) -> float:
     path = seeded.plan.path(0, f"rate-{rate:g}-{name}.json")
     if path is not None and path.exists():
