@@ -3,7 +3,7 @@
     python -m benchmarks.reclora [--data FOLDER_OR_CSV] [--seeds 5] [--splits per-user global-time] [--arms NAME ...]
         [--base reader] [--scorer MF] [--routers MF DIN] [--recommenders MF DIN ...] [--sample 16384] [--validation]
         [--set temperature=0.3 epochs=1 ...] [--own single-lora-equal-rank:rate=0.001 ...] [--rates 0.001 0.004 ...]
-        [--ranked 100] [--kept DIRECTORY]
+        [--ranked 100] [--curve 256 1024 4096] [--kept DIRECTORY]
 
 Without `--data` the built-in world, where no arm gains. All arms of a seed share recommenders, cross-fitted scores of
 training rows, the sample, prompts, and a language model that is trained here without the sample (`--base reader`), or
@@ -23,6 +23,8 @@ was broken off goes on. (It is for the same command only: nothing else is compar
 - NDCG@10: the item that came next among 100 that its user never rates, `--ranked` test rows drawn anew for each seed.
 - swapped gate: routed as another user, whose history is not told; swapped: another user's history in all.
 - entropy (share of ln N), information (nats) and cosine of the meta-LoRAs.
+- `--curve`: the first arm again, on so many rows of its sample (Few2Many): AUC and log loss of the test rows of the
+  first split, alone.
 """
 
 import argparse
@@ -44,6 +46,7 @@ from lora.config import AdapterConfig
 from lora.errors import LetheError
 from strategies.personal.comparison import Asked, Found, note
 from strategies.personal.config import ComparisonConfig, PersonalConfig, RouterName
+from strategies.personal.fitting import learning_curve
 from strategies.personal.personalized import Personalized
 from strategies.personal.recommenders.factors import recent_level
 from strategies.personal.recommenders.levels import ItemMean
@@ -273,6 +276,37 @@ def gathered(plan: Plan, own: Mapping[str, Mapping[str, str]]) -> dict[str, Foun
     return found
 
 
+def learned(plan: Plan, own: Mapping[str, Mapping[str, str]]) -> dict[int, Found]:
+    """Return what the first arm makes of parts of its sample, over all seeds."""
+    name, found = plan.chosen.arms[0], {size: Found() for size in plan.chosen.curve}
+    for seed in range(plan.chosen.seeds if found else 0):
+        seeded = Seeded(plan, seed)
+        for size, each in found.items():
+            for key, value in _point(seeded, name, size, own.get(name, {})).items():
+                each.add(**{key: value})
+        told = ", ".join(f"{size}: {each.figures['auc'][-1]:.4f}" for size, each in found.items())
+        print(f"{plan.split.name}, seed {seed}, {name} by sample: {told}", flush=True)
+    return found
+
+
+def _point(seeded: Seeded, name: str, size: int, own: Mapping[str, str]) -> dict[str, float]:
+    path = seeded.plan.path(seeded.seed, f"curve-{size}.json")
+    if path is not None and path.exists():
+        return dict(json.loads(path.read_text()))
+    world, plan = seeded.world, seeded.plan
+
+    def make(rows: int) -> Personalized:
+        return world.arm(name, plan.configured({**own, "sample": str(rows)}), plan.adapter)
+
+    (point,) = learning_curve(
+        make, plan.log, plan.split, [size], seed=seeded.seed, training_scores=world.training_scores
+    )
+    found = {"auc": point.auc, "log_loss": point.log_loss, "kept": float(point.kept_epoch)}
+    if path is not None:
+        path.write_text(json.dumps(found))
+    return found
+
+
 def differences(log: Interactions, split: Split, found: Mapping[str, Found]) -> dict[tuple[str, str], Interval]:
     """Return the AUC of every arm minus that of each arm that it has to beat, and of stack + arm minus the stack."""
     labels, users = log.likes[split.test], log.users[split.test]
@@ -331,6 +365,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of `personal:`")
     parser.add_argument("--own", nargs="*", default=[], metavar="ARM:KEY=VALUE", help="settings of one arm")
     parser.add_argument("--rates", nargs="*", default=[], type=float, help="rates to choose from for each arm")
+    parser.add_argument("--curve", nargs="*", default=[], type=int, help="rows of the sample, for a learning curve")
     parser.add_argument("--kept", type=Path, help="where a run that may be broken off keeps what it has found")
     return parser.parse_args(arguments)
 
@@ -384,6 +419,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         beside = differences(log, plan.split, found)
         lines += table(plan.split, found, beside)[bool(lines) :]
         figures |= figures_of(name, found, beside)
+    for size, each in learned(plans[0], own).items():
+        figures |= {f"curve_{size}_{key}": statistics.fmean(values) for key, values in each.figures.items()}
+        lines.append([chosen.splits[0], f"{chosen.arms[0]}, {size} rows", each.told("auc"), each.told("log_loss")])
     about = {"seeds": chosen.seeds, "data": "built-in" if chosen.data is None else "given", "rank": chosen.rank}
     about |= {"base": chosen.base if chosen.base in ("reader", "minilm") else Path(chosen.base).name}
     about |= {"scorer": chosen.scorer, "routers": chosen.routers, "folds": chosen.folds, "targets": chosen.targets}
