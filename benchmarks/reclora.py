@@ -218,15 +218,16 @@ class Seeded:
         return each
 
     def _swapped(self, arm: Personalized, each: Found) -> None:
-        """Ask a gate that routes what it does, and everything else of another user."""
-        if arm.config.gate == "uniform":
+        """Ask a router what it does, and what another user's would; with the first seed, another's whole history."""
+        if arm.config.gate != "router":
             return
         log, asked = self.log, self.asked
         report = arm.routing(log, asked.queries)
         each.add(entropy=report.relative_entropy, information=report.information, cosine=report.cosine,
                  collapsed=float(report.collapsed))  # fmt: skip
         each.add(swapped_gate=auc(asked.labels, arm.logits(log, asked.queries, routed_as=asked.others)))
-        each.add(swapped=auc(asked.labels, arm.logits(log, asked.others)))
+        if self.seed == 0:
+            each.add(swapped=auc(asked.labels, arm.logits(log, asked.others)))
 
 
 def searched(plan: Plan, names: Sequence[str], rates: Sequence[float], own: Mapping[str, Mapping[str, str]]) -> dict[
