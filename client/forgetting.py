@@ -68,7 +68,7 @@ def answer_order(
     gated = _gated(order, served, request, classes, _paid(order, spending, randomness))
     digest = served.frames.block(order.block).digest
     noise = order.config.statistics_noise
-    return ForgetAnswer.of(order.request, gated, digest=digest, classes=classes, rows=len(examples), noise=noise)
+    return ForgetAnswer.of(order, gated, digest=digest, classes=classes, rows=len(examples), noise=noise)
 
 
 def _gated(

@@ -1,5 +1,6 @@
 """What can be asked of a store, checked before it is accepted: a request that is accepted can be carried out."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -15,15 +16,14 @@ from server.forgetting.files import (
     read_json,
     sync,
     write_bytes,
-    write_json,
     write_section,
 )
 from server.forgetting.sources import Sources
-from server.forgetting.store import ORDERS, REQUEST, REQUESTS, STATE, WORK, Store
+from server.forgetting.store import REQUEST, REQUESTS, STATE, WORK, Store
 from server.forgetting.users import users_of
 from strategies.personal.erasure import StoredUsers
-from strategies.unlearning.forgotten import check_rows
-from strategies.unlearning.remote import ForgetAnswer
+from strategies.unlearning.forgotten import Forgotten, GatedSlot, check_rows
+from strategies.unlearning.remote import ForgetAnswer, ForgetOrder
 from tasks.examples import Examples
 
 ROWS, NAME, ANSWER = "rows.json", "name.txt", "answer.safetensors"
@@ -127,14 +127,51 @@ def wish_client(store: Store, name: str, data: bytes) -> Wish:
     )
     if any(each.digest == store.keyed(wish.kind, *wish.content) for each in store.requests()):
         return wish
-    order = read_json(store.directory / ORDERS / f"{answer.request}.json")
+    order = read_json(store.reservation(answer.request))
     if order is None:
         raise WrongUpdate(f"the answer is to order {answer.request}, which is not open here; make a new order")
     if order["client"] != subject_of(store, "client", name) or order["block"] != answer.block:
         raise WrongUpdate(f"order {answer.request} was made for another client or block; give the client it was for")
     _check_left(store, answer.classes)
-    answer.gated(answer.request, store.served())
+    fitting(store, answer, store.served())
     return wish
+
+
+def new_order(store: Store, client: str) -> ForgetOrder:
+    """Make the order that a client forgets its rows by; an open one of the client's is given again.
+
+    Its block of the frame is the client's until the answer is served.
+    """
+    served, part = store.served(), store.classifier
+    subject = subject_of(store, "client", client)
+    asked = sum(each.subject == subject for each in store.requests())
+    name = store.keyed("order", client, asked)[:12]
+    return ForgetOrder(
+        request=name,
+        block=store.reserve(name, blocks=served.frames.blocks, client=subject),
+        base=part.base,
+        reference=part.reference,
+        adapter=adapter_digest(store),
+        classifier=store.exported(),
+        own_rank=part.own_rank,
+        config=store.config,
+        forgotten=store.manifest.forgotten,
+    )
+
+
+def adapter_digest(store: Store) -> str:
+    """Return a digest over the files of the adapter that is served now, 64 hex digits."""
+    return hashlib.sha256(json.dumps(store.manifest.files, sort_keys=True).encode()).hexdigest()
+
+
+def fitting(store: Store, answer: ForgetAnswer, served: Forgotten) -> GatedSlot:
+    """Return what a client's answer gives to be served. Raises WrongUpdate where it was made for another adapter."""
+    if answer.adapter != adapter_digest(store):
+        raise WrongUpdate(
+            f"the answer to order {answer.request} was trained over adapter {answer.adapter[:12]}, and "
+            f"{adapter_digest(store)[:12]} is served since; make a new order for the client"
+        )
+    return answer.gated(answer.request, served)
 
 
 def accept(store: Store, wish: Wish) -> Accepted:
@@ -232,10 +269,3 @@ def rows_file(rows: Examples) -> bytes:
 def now() -> str:
     """Return the time, UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def reserve(store: Store, client: str, *, order: str, block: int) -> None:
-    """Note that an order holds a block until its answer is served."""
-    write_json(
-        store.directory / ORDERS / f"{order}.json", {"client": subject_of(store, "client", client), "block": block}
-    )

@@ -12,7 +12,7 @@ from typing import Any
 from lora.errors import RunError
 from server.export import export
 from server.forgetting import evidence, signing
-from server.forgetting.asking import ANSWER, NAME, ROWS, now
+from server.forgetting.asking import ANSWER, NAME, ROWS, fitting, now
 from server.forgetting.files import Held, Manifest, RequestFile, sha256, write_json, write_section
 from server.forgetting.sources import Sources
 from server.forgetting.store import (
@@ -20,7 +20,6 @@ from server.forgetting.store import (
     AFTER,
     BEFORE,
     MANIFEST,
-    ORDERS,
     TRAINED,
     Store,
     adapter_digests,
@@ -71,6 +70,7 @@ class Stage:
         if self.store.manifest.of(request.id) is None:
             self.store.slot(request.id).unlink(missing_ok=True)
             self.store.detector(request.id).unlink(missing_ok=True)
+            self.store.reservation(request.id).unlink(missing_ok=True)
         write_section(self.store.place(request.id) / "state.json", state.model_copy(update={"stopped": why}))
 
     def audited(self, request: RequestFile) -> AuditedRequest:
@@ -144,7 +144,7 @@ def _train_slot(stage: Stage, request: RequestFile) -> None:
     if store.slot(request.id).is_file():
         return
     began, served, audited = time.process_time(), stage.before(request), stage.audited(request)
-    block = store.free_block(served.frames.blocks)
+    block = store.reserve(request.id, blocks=served.frames.blocks)
     whole = request.kind == "class"
     made = served.train_slot(audited, block=block, avoid=_avoid(stage, request), whole_classes=whole, seed=request.seed)
     told = _trained(made, audited, cpu_s=time.process_time() - began)
@@ -168,33 +168,31 @@ def _fit_detector(stage: Stage, request: RequestFile) -> None:
 
 
 def _accept_slot(stage: Stage, request: RequestFile) -> None:
-    classes = request.classes if request.kind == "class" else ()
-    _hold(stage, request, classes)
+    if stage.store.manifest.of(request.id) is None:
+        _hold(stage, request, request.classes if request.kind == "class" else ())
+    stage.store.reservation(request.id).unlink(missing_ok=True)
 
 
 def _accept_answer(stage: Stage, request: RequestFile) -> None:
-    store = stage.store
+    store, path = stage.store, stage.store.work(request.id) / ANSWER
+    try:
+        answer = ForgetAnswer.from_bytes(path.read_bytes())
+    except OSError as error:
+        raise RunError(f"{path}: the client's answer cannot be read ({error.strerror}); ask again") from error
     if store.manifest.of(request.id) is None:
-        path = store.work(request.id) / ANSWER
-        try:
-            answer = ForgetAnswer.from_bytes(path.read_bytes())
-        except OSError as error:
-            raise RunError(f"{path}: the client's answer cannot be read ({error.strerror}); ask again") from error
         served = stage.before(request)
-        gated = answer.gated(request.id, served)
+        gated = fitting(store, answer, served)
         gated.detector.save(store.detector(request.id))
         save_slot(store.slot(request.id), gated, frames=served.frames)
         told = {"block": gated.block, "a": answer.a, "statistics_noise": answer.noise}
         write_json(store.place(request.id) / TRAINED, told)
         _hold(stage, request, answer.classes)
-        (store.directory / ORDERS / f"{answer.request}.json").unlink(missing_ok=True)
+    store.reservation(answer.request).unlink(missing_ok=True)
 
 
 def _hold(stage: Stage, request: RequestFile, classes: tuple[str, ...]) -> None:
     """Serve a request's slot from now on: one renaming of the manifest."""
     store, manifest = stage.store, stage.store.manifest
-    if manifest.of(request.id) is not None:
-        return
     block, _ = load_slot(store.slot(request.id), frames=stage.served.frames)
     Detector.load(store.detector(request.id))
     held = Held(

@@ -26,6 +26,7 @@ from server.forgetting.files import (
     read_json,
     read_section,
     sha256,
+    write_json,
     write_section,
 )
 from strategies.unlearning.config import ForgettingConfig
@@ -37,13 +38,13 @@ from tasks.exported import ExportedClassifier
 from tasks.models import BaseModel, load_base, weights_digest
 
 STORE, MANIFEST, KEY = "store.json", "manifest.json", "key.pem"
-ADAPTERS, SLOTS, DETECTORS, REQUESTS, RECORDS, ORDERS = (
+ADAPTERS, SLOTS, DETECTORS, REQUESTS, RECORDS, RESERVED = (
     "adapters",
     "slots",
     "detectors",
     "requests",
     "records",
-    "orders",
+    "reserved",
 )
 WORK, REQUEST, STATE, BEFORE, TRAINED, AFTER = (
     "work",
@@ -189,11 +190,24 @@ class Store:
                 found.append(GatedSlot(each.request, block, slot, detector))
         return bare.beside(*found)
 
-    def free_block(self, blocks: int) -> int:
-        """Return the block of a new request: free of accepted ones and of those that orders reserved."""
-        used = [each.block for each in self.manifest.held if each.block is not None]
-        reserved = [int(read_json(path)["block"]) for path in sorted((self.directory / ORDERS).glob("[!.]*.json"))]
-        return next_block([*used, *reserved], blocks=blocks)
+    def reservation(self, name: str) -> Path:
+        """Return the file that keeps a block of the frame for a request, or for an order to a client."""
+        return self.directory / RESERVED / f"{name}.json"
+
+    def reserve(self, name: str, *, blocks: int, **about: str) -> int:
+        """Return the block of a request or order: the one that it was given before, else the least used one."""
+        with self.accepting():
+            kept = read_json(self.reservation(name))
+            if kept is None:
+                kept = {**about, "block": next_block(self._blocks(), blocks=blocks)}
+                write_json(self.reservation(name), kept)
+        return int(kept["block"])
+
+    def _blocks(self) -> list[int]:
+        """Return the blocks of accepted requests and the reserved ones."""
+        used = {each.request: each.block for each in self.manifest.held if each.block is not None}
+        kept = {path.stem: read_json(path) for path in sorted((self.directory / RESERVED).glob("[!.]*.json"))}
+        return [*used.values(), *(int(each["block"]) for name, each in kept.items() if each and name not in used)]
 
     # --- Locks -------------------------------------------------------------------------------------------------------
 
@@ -262,7 +276,7 @@ def new_store(
         raise RunError(f"{directory} exists already; name another directory, or go on with the store in it")
     aside = directory.with_name(f".{directory.name}.{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
-    for name in (ADAPTERS, SLOTS, DETECTORS, REQUESTS, RECORDS, ORDERS):
+    for name in (ADAPTERS, SLOTS, DETECTORS, REQUESTS, RECORDS, RESERVED):
         (aside / name).mkdir(parents=True)
     try:
         public = signing.new_key(aside / KEY)
@@ -294,8 +308,10 @@ def _copied(aside: Path, model: ModelConfig, adapter: Path, max_length: int) -> 
     learner, _ = exported.over(base)
     learner.adapted.detach()
     shutil.copytree(adapter, aside / ADAPTERS / _FIRST)
+    # A precision that the machine chooses would be another model on another machine.
+    precision = str(base.placement.dtype).removeprefix("torch.")
     return ClassifierPart(
-        model=model,
+        model=model.model_copy(update={"dtype": precision}),
         reference=reference,
         base=digest,
         max_length=max_length,

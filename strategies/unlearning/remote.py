@@ -17,7 +17,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from lora.codec import Layout
 from lora.errors import WrongUpdate
 from strategies.unlearning.config import ForgettingConfig
 from strategies.unlearning.detector import Detector
@@ -40,6 +39,8 @@ class ForgetOrder:
     """Digest of the base model's weights."""
     reference: str
     """Name by which the base model is known; the client decides where it takes it from."""
+    adapter: str
+    """Digest of the served adapter; an answer is refused when another one is served by then."""
     classifier: ExportedClassifier
     own_rank: int
     config: ForgettingConfig
@@ -56,6 +57,7 @@ class ForgetOrder:
             "block": self.block,
             "base": self.base,
             "reference": self.reference,
+            "adapter": self.adapter,
             "own_rank": self.own_rank,
             "config": self.config.model_dump(mode="json"),
             "forgotten": list(self.forgotten),
@@ -85,7 +87,7 @@ class ForgetOrder:
             config = ForgettingConfig.model_validate(about["config"])
             numbers = (int(about["own_rank"]), config, tuple(about["forgotten"]))
             place = (str(about["request"]), int(about["block"]), str(about["base"]), str(about["reference"]))
-            return cls(*place, classifier, *numbers)
+            return cls(*place, str(about["adapter"]), classifier, *numbers)
         except _DAMAGED as error:
             raise WrongUpdate(f"the order cannot be read ({error}); ask for a new one") from error
 
@@ -101,7 +103,10 @@ class ForgetAnswer:
 
     request: str
     block: int
+    adapter: str
+    """Digest of the adapter that it was trained over."""
     a: str
+    """Digest of the block of the frame."""
     b: Tensor
     detector: Detector
     classes: tuple[str, ...]
@@ -111,10 +116,10 @@ class ForgetAnswer:
     """Noise multiplier of the statistics; 0: none."""
 
     @classmethod
-    def of(cls, request: str, gated: GatedSlot, *, digest: str, **rest: Any) -> "ForgetAnswer":
-        """Take what travels out of a request that was made locally."""
-        layout: Layout = gated.slot.layout
-        return cls(request, gated.block, digest, gated.slot.values[layout.span("B")].clone(), gated.detector, **rest)
+    def of(cls, order: ForgetOrder, gated: GatedSlot, *, digest: str, **rest: Any) -> "ForgetAnswer":
+        """Take what travels out of a slot and a detector that were made by an order; `digest` is of its A."""
+        b = gated.slot.values[gated.slot.layout.span("B")].clone()
+        return cls(order.request, gated.block, order.adapter, digest, b, gated.detector, **rest)
 
     def to_bytes(self) -> bytes:
         """Return the record."""
@@ -122,6 +127,7 @@ class ForgetAnswer:
         about = {
             "request": self.request,
             "block": self.block,
+            "adapter": self.adapter,
             "a": self.a,
             "classes": list(self.classes),
             "rows": self.rows,
@@ -139,7 +145,7 @@ class ForgetAnswer:
             raise WrongUpdate(f"the answer's '{wrong[0]}' is not finite; let the client train again")
         try:
             detector = Detector.of(_named(tensors, "detector."), about["detector"])
-            place = (str(about["request"]), int(about["block"]), str(about["a"]))
+            place = (str(about["request"]), int(about["block"]), str(about["adapter"]), str(about["a"]))
             rest = (tuple(map(str, about["classes"])), int(about["rows"]), float(about["noise"]))
             return cls(*place, tensors["b"], detector, *rest)
         except _DAMAGED as error:
