@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from lora.errors import DataError, RunError, WrongUpdate, nearest
+from lora.errors import ConfigError, DataError, RunError, WrongUpdate, nearest
 from server.forgetting.files import (
     Method,
     RequestFile,
@@ -102,6 +102,17 @@ def wish_classes(store: Store, classes: Sequence[str], *, rows: Examples | None 
     return Wish("class", method, (method, sorted(named), _rows(whole)), {ROWS: rows_file(whole)}, about)
 
 
+def check_method(name: str, *, whole_classes: bool = True) -> Method:
+    """Return a method by name. Raises ConfigError for an unknown one, and for gs-lora where single examples go."""
+    known: tuple[Method, ...] = ("o3", "gs-lora")
+    found = next((each for each in known if each == name), None)
+    if found is None:
+        raise ConfigError(f"--method {name}: there is no such method{nearest(name, known)}")
+    if found == "gs-lora" and not whole_classes:
+        raise ConfigError("--method gs-lora forgets whole classes; name them by --class, or use o3 for examples")
+    return found
+
+
 def wish_examples(store: Store, rows: Examples) -> Wish:
     """Ask for exactly these rows to be forgotten; their classes stay. Raises DataError for none or too few."""
     labels = store.classifier.labels
@@ -181,6 +192,7 @@ def accept(store: Store, wish: Wish) -> Accepted:
     """
     digest = store.keyed(wish.kind, *wish.content)
     with store.accepting():
+        sweep(store)
         known = store.requests()
         for each in known:
             if each.digest == digest:
@@ -197,6 +209,12 @@ def accept(store: Store, wish: Wish) -> Accepted:
         )
         _write(store, request, wish.work)
     return Accepted(request, new=True)
+
+
+def sweep(store: Store) -> None:
+    """Delete what a kill left of requests that were never accepted: it holds what they were about."""
+    for aside in (store.directory / REQUESTS).glob(".*"):
+        shutil.rmtree(aside)
 
 
 def _write(store: Store, request: RequestFile, work: dict[str, bytes]) -> None:

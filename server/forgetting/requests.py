@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lora.errors import RunError
 from server.forgetting import signing
-from server.forgetting.asking import Accepted, Wish, accept, subject_of
+from server.forgetting.asking import Accepted, Wish, accept, subject_of, sweep
 from server.forgetting.evidence import forgotten_again, measured
 from server.forgetting.files import RequestFile
 from server.forgetting.sources import of_classes
@@ -74,6 +74,8 @@ class ForgetRequests:
         with self.store.held(say=say):
             from server.forgetting.workflow import Worker
 
+            with self.store.accepting():
+                sweep(self.store)
             worker = Worker(self.stage, database=database, told=told)
             try:
                 yield worker

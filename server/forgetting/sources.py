@@ -22,9 +22,13 @@ FOLDER = "forgetting"
 _CONFIG, _ADAPTER = "config.yaml", "adapter"
 
 
-def read_rows(path: Path, labels: Sequence[str]) -> Examples:
-    """Read rows with text and label from a file. Raises DataError for a label that is not among `labels`, by line."""
-    config = DataConfig(path=str(path), labels=tuple(labels))
+def read_rows(path: Path, labels: Sequence[str], *, columns: DataConfig | None = None) -> Examples:
+    """Read rows with text and label from a file, from the usual columns or those of `columns`.
+
+    Raises DataError for a label that is not among `labels`, by line.
+    """
+    named = {} if columns is None else {"text": columns.text, "label": columns.label}
+    config = DataConfig(path=str(path), labels=tuple(labels), **named)
     return load_splits(config, kind="classification", seed=0, own=True).train
 
 
@@ -38,6 +42,12 @@ class Sources:
     def labels(self) -> tuple[str, ...]:
         """All labels of the classifier."""
         return self.store.classifier.labels
+
+    def read(self, path: Path) -> Examples:
+        """Read rows from a file, which names its columns as the run's data do, if there is a run."""
+        run = self.store.outside(self.store.about.run)
+        columns = job_of(run).data if run is not None and (run / _CONFIG).is_file() else None
+        return read_rows(path, self.labels, columns=columns)
 
     @cached_property
     def splits(self) -> Splits:
@@ -63,7 +73,7 @@ class Sources:
         """Rows that nothing was trained on: the store's own, else the run's test split; None where there are none."""
         given = self.store.outside(self.store.about.evaluation)
         if given is not None:
-            return read_rows(given, self.labels)
+            return self.read(given)
         try:
             return self.splits.test
         except RunError:
@@ -89,14 +99,16 @@ def find_store(place: Path) -> Path | None:
     return next((each for each in (place, place / FOLDER) if (each / "store.json").is_file()), None)
 
 
-def open_store(place: Path) -> Store:
-    """Open the store of a directory: a store, a run, or a directory of users; the latter two get one at first.
+def open_store(place: Path, *, make: bool = True) -> Store:
+    """Open the store of a directory: a store, a run, or a directory of users; with `make` the latter two get one.
 
     Raises RunError for any other directory.
     """
     found = find_store(place)
     if found is not None:
         return Store(found)
+    if not make:
+        raise RunError(f"{place} has no forgetting store: nothing was asked of it yet; lethe forget add --in {place}")
     if is_users(place):
         return new_store(place / FOLDER, users=place)
     if (place / _CONFIG).is_file():
