@@ -64,8 +64,12 @@ def answer_order(
             f"({order.reference}); load that model"
         )
     served = order.over(base)
-    request = AuditedRequest(examples, seed=order.config.seed)
-    gated = _gated(order, served, request, classes, _paid(order, spending, randomness))
+    try:
+        request = AuditedRequest(examples, seed=order.config.seed)
+        gated = _gated(order, served, request, classes, _paid(order, spending, randomness))
+    finally:
+        # The base model is the client's, and is left as it was.
+        served.learner.adapted.detach()
     digest = served.frames.block(order.block).digest
     noise = order.config.statistics_noise
     return ForgetAnswer.of(order, gated, digest=digest, classes=classes, rows=len(examples), noise=noise)

@@ -47,10 +47,9 @@ def known_users(directory: Path, *, count: int = 4) -> list[str]:
     rows = rows[np.argsort(log.times[rows], kind="stable")]
     users = LifelongUsers(personal, log, directory=directory)
     try:
-        users.observe_many(
-            Event(log.user_names[log.users[row]], log.catalogue.names[log.items[row]], log.ratings[row], log.times[row])
-            for row in rows
-        )
+        columns = zip(log.users[rows], log.items[rows], log.ratings[rows], log.times[rows], strict=True)
+        names = log.catalogue.names
+        users.observe_many([Event(log.user_names[u], names[i], float(r), int(t)) for u, i, r, t in columns])
         return users.names()
     finally:
         users.close()

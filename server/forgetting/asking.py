@@ -90,9 +90,7 @@ def wish_classes(store: Store, classes: Sequence[str], *, rows: Examples | None 
     named = tuple(dict.fromkeys(name.strip() for name in classes if name.strip()))
     if not named:
         raise DataError("a request names no class; name at least one, such as --class travel,work")
-    for name in named:
-        if name not in labels:
-            raise DataError(f"class '{name}' is not among the {len(labels)} of the store{nearest(name, labels)}")
+    _check_known(named, labels)
     _check_left(store, named)
     whole = sources.of_classes(named) if rows is None else rows
     _check_labels(whole, named, labels)
@@ -128,6 +126,7 @@ def wish_examples(store: Store, rows: Examples) -> Wish:
 def wish_client(store: Store, name: str, data: bytes) -> Wish:
     """Ask for what a client trained by an order to be served. Raises WrongUpdate for an answer to no order."""
     answer = ForgetAnswer.from_bytes(data)
+    _check_known(answer.classes, store.classifier.labels)
     about = {"classes": answer.classes, "rows": answer.rows, "source": "client", "noise": answer.noise}
     wish = Wish(
         "client",
@@ -239,6 +238,12 @@ def _again(store: Store, request: RequestFile) -> bool:
         return False
     write_section(store.place(request.id) / STATE, StateFile(attempt=state.attempt + 1))
     return True
+
+
+def _check_known(classes: Sequence[str], labels: Sequence[str]) -> None:
+    for name in classes:
+        if name not in labels:
+            raise DataError(f"class '{name}' is not among the {len(labels)} of the store{nearest(name, labels)}")
 
 
 def _check_left(store: Store, classes: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ import sys
 import sysconfig
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,9 +133,14 @@ class Audit:
 
 def derived(values: NDArray[Any]) -> Tensor:
     """Return as a tensor what another library made of what the audits have seen; they count it as declared."""
+    return drawn(lambda: torch.from_numpy(values))
+
+
+def drawn(source: Callable[[], Tensor]) -> Tensor:
+    """Return what comes from no data at all, such as noise; the audits count it as declared."""
     with ExitStack() as stack:
         made = [stack.enter_context(watcher.reading(())) for watcher in _watching()]
-        tensor = torch.from_numpy(values)
+        tensor = source()
         for each in made:
             each.append(tensor)
     return tensor

@@ -14,7 +14,7 @@ from strategies.federated.job import Job
 from strategies.unlearning.config import ForgettingConfig
 from tests.queries import LABELS, TINY, export_classifier, queries, write_queries
 
-QUICK = ForgettingConfig(rank=2, epochs=6, batch=8, rate=0.005)
+QUICK = ForgettingConfig(rank=2, epochs=5, batch=10, rate=0.01)
 
 
 @pytest.fixture(scope="session")
@@ -24,6 +24,12 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     export_classifier(place / "adapter")
     write_queries(place / "rows.jsonl", queries(0, 1, 2, 3))
     return place
+
+
+@pytest.fixture(autouse=True)
+def _same_salt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every store has the same salt here, so that requests draw the same numbers in every run."""
+    monkeypatch.setattr("server.forgetting.store.secrets.token_hex", lambda size: "5a" * size)
 
 
 @pytest.fixture

@@ -20,6 +20,8 @@ from tests.queries import TINY, queries, write_queries
 from tests.server.forgetting.conftest import QUICK
 
 ROOT = Path(__file__).parents[3]
+# What is learned does not matter here, only that it is the same.
+SHORT = QUICK.model_copy(update={"epochs": 2, "batch": 24, "replay": 5, "replay_epochs": 1})
 
 
 def kill_everywhere(template: Path, scratch: Path, kind: str) -> list[dict[str, Any]]:
@@ -44,7 +46,7 @@ def template(tmp_path: Path, parts: Path) -> Path:
     place.mkdir()
     write_queries(place / "rows.jsonl", queries(0, 1, 2, 3))
     classifier = (TINY, parts / "adapter", 64)
-    store = new_store(place / "store", classifier=classifier, evaluation=place / "rows.jsonl", config=QUICK)
+    store = new_store(place / "store", classifier=classifier, evaluation=place / "rows.jsonl", config=SHORT)
     accept(store, wish_classes(store, ["alarm"], rows=queries(0)))
     return place
 
@@ -66,7 +68,7 @@ def test_a_kill_at_any_write_of_gs_lora(make_run: Callable[..., Path], tmp_path:
     place.mkdir()
     run = make_run()
     shutil.move(run, place / "run")
-    store = store_of_run(place / "run", directory=place / "store", config=QUICK.model_copy(update={"replay": 5}))
+    store = store_of_run(place / "run", directory=place / "store", config=SHORT)
     accept(store, wish_classes(store, ["alarm"], method="gs-lora"))
     check(kill_everywhere(place, tmp_path / "scratch", "writes"), least=10)
 
