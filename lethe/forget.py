@@ -23,7 +23,9 @@ Place = Annotated[
     str,
     typer.Option("--in", envvar="LETHE_FORGET", help="A run's name or directory, one of users, or a forgetting store."),
 ]
-Request = Annotated[str, typer.Argument(metavar="ID", help="A request's id, or the start of it.")]
+Request = Annotated[
+    str | None, typer.Argument(metavar="[ID]", help="A request's id, or the start of it; else the latest request.")
+]
 Rows = Annotated[Path | None, typer.Option("--examples", help="A file of rows with text and label (CSV, JSONL, …).")]
 Classes = Annotated[str | None, typer.Option("--class", help="One or more classes: NAME,NAME.")]
 ClientName = Annotated[str, typer.Option("--client", help="The client whose rows are to be forgotten.")]
@@ -98,10 +100,10 @@ def work(place: Place, database: Database = None) -> None:
 
 
 @app.command()
-def status(request: Request, place: Place) -> None:
+def status(place: Place, request: Request = None) -> None:
     """Show where a request stands, step by step, and what its record measured."""
     requests = _requests(place, make=False)
-    found = requests.status(request)
+    found = requests.status(_named(requests, request))
     typer.echo(f"request {found.request.id}: {_what(found.request)}")
     typer.echo(f"{found.state}{f': {found.why}' if found.why else ''}  (accepted {found.request.accepted})")
     for step, done in requests.steps(found.request):
@@ -122,8 +124,8 @@ def list_requests(place: Place) -> None:
 
 @app.command()
 def verify(
-    request: Request,
     place: Place,
+    request: Request = None,
     examples: Rows = None,
     subject: Annotated[str | None, typer.Option(help="The user or client whom the record should be of.")] = None,
 ) -> None:
@@ -132,7 +134,9 @@ def verify(
 
     requests = _requests(place, make=False)
     rows = None if examples is None else Sources(requests.store).read(examples)
-    verdict = requests.verify(request, rows=rows, subject=subject)
+    name = _named(requests, request)
+    verdict = requests.verify(name, rows=rows, subject=subject)
+    typer.echo(f"request {requests.store.request(name).id}: {_what(requests.store.request(name))}")
     for line in verdict.holds:
         typer.echo(f"holds   {line}")
     for line in verdict.broken:
@@ -216,6 +220,13 @@ def _requests(place: str, *, make: bool = True) -> "ForgetRequests":
 
     named = next((each for each in (Path(place), RUNS / place) if each.is_dir()), None)
     return ForgetRequests(open_store(find_run(place) if named is None else named, make=make))
+
+
+def _named(requests: "ForgetRequests", request: str | None) -> str:
+    known = requests.store.requests()
+    if request is None and not known:
+        raise RunError(f"nothing was asked of {requests.store.directory} yet; ask by lethe forget add")
+    return known[-1].id if request is None else request
 
 
 def _model(name: str) -> Any:

@@ -274,13 +274,14 @@ def new_store(
     """
     if directory.exists():
         raise RunError(f"{directory} exists already; name another directory, or go on with the store in it")
+    config = config or ForgettingConfig()
     aside = directory.with_name(f".{directory.name}.{os.getpid()}")
     shutil.rmtree(aside, ignore_errors=True)
     for name in (ADAPTERS, SLOTS, DETECTORS, REQUESTS, RECORDS, RESERVED):
         (aside / name).mkdir(parents=True)
     try:
         public = signing.new_key(aside / KEY)
-        part = None if classifier is None else _copied(aside, *classifier)
+        part = None if classifier is None else _copied(aside, *classifier, config=config)
         about = StoreFile(
             identity=secrets.token_hex(8),
             salt=secrets.token_hex(32),
@@ -289,7 +290,7 @@ def new_store(
             users=_relative(users, directory),
             run=_relative(run, directory),
             evaluation=_relative(evaluation, directory),
-            forgetting=config or ForgettingConfig(),
+            forgetting=config,
         )
         write_section(aside / STORE, about)
         (aside / STORE).chmod(0o600)
@@ -300,12 +301,16 @@ def new_store(
     return Store(directory)
 
 
-def _copied(aside: Path, model: ModelConfig, adapter: Path, max_length: int) -> ClassifierPart:
+def _copied(
+    aside: Path, model: ModelConfig, adapter: Path, max_length: int, *, config: ForgettingConfig
+) -> ClassifierPart:
     """Copy the adapter into the store, and note what it stands on."""
     exported = ExportedClassifier.read(adapter, max_length=max_length)
     base = load_base(model, causal=False)
     digest, reference = weights_digest(base.model), base.reference
-    learner, _ = exported.over(base)
+    learner, values = exported.over(base)
+    # A rank of which no block fits is refused now, not at the first request.
+    _ = Forgotten(learner, values, config, exported.rank).frames
     learner.adapted.detach()
     shutil.copytree(adapter, aside / ADAPTERS / _FIRST)
     # A precision that the machine chooses would be another model on another machine.

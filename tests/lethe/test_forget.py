@@ -147,6 +147,7 @@ def test_a_user_is_deleted(lethe: Run, tmp_path: Path) -> None:
         ("init other", "give one"),
         ("init other --adapter adapter --model tiny-bert forgetting.rnk=4", "did you mean 'forgetting.rank'"),
         ("init other --adapter adapter --model tiny-bert forgetting.rank=0", "forgetting.rank=0"),
+        ("init other --adapter adapter --model tiny-bert forgetting.rank=31", "give at most 30"),
         ("answer none.lethe --examples kept.jsonl --out x", "none.lethe: cannot be read"),
         ("answer kept.jsonl --examples kept.jsonl --out x", "not a forgetting order"),
     ],
