@@ -32,8 +32,9 @@ def carry_out(place: Path) -> None:
 def outcome(place: Path) -> dict[str, Any]:
     """Return everything that has to be the same whether or not there was a kill."""
     store = Store(place / STORE)
-    files = {str(path.relative_to(place)): path.read_bytes().hex() for name in ("slots", "detectors", "manifest.json")
-             for path in sorted((store.directory / name).rglob("*")) or [store.directory / name]}  # fmt: skip
+    known = [store.directory / "manifest.json"]
+    known += [path for name in ("slots", "detectors") for path in sorted((store.directory / name).iterdir())]
+    files = {path.name: path.read_bytes().hex() for path in known}
     requests = ForgetRequests(store)
     records = []
     for each in store.requests():
