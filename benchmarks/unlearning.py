@@ -137,7 +137,7 @@ def images(chosen: argparse.Namespace, name: str) -> Course:
         _at_most(splits.validation, chosen.asked, classes=classes),
         sequence[: chosen.requests],
         SampleConfig(forget=4, replay=4) if few else SampleConfig(forget=50, replay=50, missing=(0, 1)),
-        BudgetConfig(epochs=20, batch=8) if few else BudgetConfig(epochs=8, batch=32),
+        BudgetConfig(epochs=60, batch=8) if few else BudgetConfig(epochs=8, batch=32),
         FitConfig(epochs=6 if chosen.images else 25, batch=64, rate=2e-3, head_rate=2e-3),
         classes,
         GsLoraConfig(rate=4e-3),
