@@ -4,7 +4,7 @@ import gzip
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,7 @@ class World:
     encoder: SharedEncoder
     seed: int
     pretraining_s: float
+    _seen: dict[tuple[int, ...], "Questions"] = field(default_factory=dict, init=False, repr=False)
 
     @cached_property
     def asked(self) -> "Questions":
@@ -87,10 +88,12 @@ class World:
         """Out-of-scope queries."""
         return Questions.of(self, self.learner.task.tokenize(self.corpus.strange))
 
-    def seen(self, labels: Sequence[int]) -> "Questions":
+    def seen(self, labels: tuple[int, ...]) -> "Questions":
         """Training queries of some intents."""
-        rows = self.corpus.rows(labels)
-        return Questions.of(self, self.learner.task.tokenize(taken(self.corpus.train, rows)))
+        if labels not in self._seen:
+            rows = self.corpus.rows(labels)
+            self._seen[labels] = Questions.of(self, self.learner.task.tokenize(taken(self.corpus.train, rows)))
+        return self._seen[labels]
 
 
 @dataclass(frozen=True)
