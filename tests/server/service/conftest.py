@@ -1,0 +1,100 @@
+"""Tiny models with users' slots that differ, made once."""
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from lora.codec import Layout
+from lora.config import AdapterConfig
+from lora.model import AdaptedModel
+from server.service.queue import Work
+from strategies.personal.slots import UserSlots
+from tasks.config import ModelConfig, TaskConfig
+from tasks.learner import Learner, build_learner
+from tasks.models import BaseModel, load_base
+
+USERS = tuple(f"user-{number}" for number in range(12))
+
+
+def drawn(layout: Layout, count: int, *, seed: int = 0, size: float = 0.5) -> torch.Tensor:
+    """Slots that move the answers a lot."""
+    return size * torch.randn(count, layout.size, generator=torch.Generator().manual_seed(seed))
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A classifier over the tiny encoder, and a slot for every user."""
+
+    learner: Learner
+    slots: UserSlots
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The tiny decoder, and a slot for every user."""
+
+    base: BaseModel
+    adapted: AdaptedModel
+    slots: UserSlots
+
+
+@pytest.fixture(scope="session", params=["frozen", "trained"])
+def encoder(request: pytest.FixtureRequest) -> Encoder:
+    task = TaskConfig(head=request.param, max_length=48)
+    adapter = AdapterConfig(rank=2, alpha=4)
+    learner = build_learner(
+        ModelConfig(name="tiny-bert"), task, adapter, labels=("dull", "fair", "good"), trains_frame=False
+    )
+    slots = UserSlots(learner.layout, frame=learner.adapted.frame.digest)
+    slots.add(USERS, drawn(learner.layout, len(USERS)))
+    return Encoder(learner, slots)
+
+
+@pytest.fixture(scope="session")
+def decoder() -> Decoder:
+    base = load_base(ModelConfig(name="tiny-llama"), causal=True)
+    adapted = AdaptedModel.attach(base.model, AdapterConfig(rank=2, alpha=4))
+    slots = UserSlots.of(adapted)
+    slots.add(USERS, drawn(slots.layout, len(USERS), size=0.2))
+    return Decoder(base, adapted, slots)
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+@pytest.fixture
+def in_threads() -> Iterator[Callable[..., None]]:
+    """Runs functions in threads of their own until the test ends; what they raise fails the test."""
+    threads: list[threading.Thread] = []
+    wrong: list[BaseException] = []
+
+    def start(*functions: Callable[[], Any]) -> None:
+        for function in functions:
+
+            def run(call: Callable[[], Any] = function) -> None:
+                try:
+                    call()
+                except BaseException as error:
+                    wrong.append(error)
+
+            threads.append(threading.Thread(target=run))
+            threads[-1].start()
+
+    yield start
+    for thread in threads:
+        thread.join(60)
+    assert wrong == []
+
+
+def works(*asked: Any) -> list[Work[Any]]:
+    """Requests of one owner each."""
+    return [Work(number, each) for number, each in enumerate(asked)]
