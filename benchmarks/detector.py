@@ -214,7 +214,7 @@ def adapted_parts(
 ) -> dict[str, float]:
     """Return the AUROC with an encoder adapter of the request's own, for each loss and both."""
     _, request, tokens = views(world, domain, seen, torch.empty(0))
-    found = {}
+    found: dict[str, float] = {}
     for name, switches in {"entropy + MLM": {}, "entropy": {"mlm": False}, "MLM": {"entropy": False}}.items():
         start = Slot.fresh(model.sites, Frame.draw(model.sites, rank=8, seed=1))
         chosen = replace(ContrastiveSettings(epochs=EPOCHS), **switches)

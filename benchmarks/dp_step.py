@@ -53,7 +53,8 @@ class PeftClassifier(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return logits `[rows, classes]`."""
-        return self.head(self.encoder(input_ids=ids).last_hidden_state.mean(1))
+        logits: Tensor = self.head(self.encoder(input_ids=ids).last_hidden_state.mean(1))
+        return logits
 
 
 def peft_step(model: nn.Module, ids: Tensor, labels: Tensor) -> Callable[[], None]:
@@ -61,7 +62,7 @@ def peft_step(model: nn.Module, ids: Tensor, labels: Tensor) -> Callable[[], Non
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE)
 
     def step() -> None:
-        F.cross_entropy(model(ids), labels).backward()
+        torch.autograd.backward([F.cross_entropy(model(ids), labels)])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -74,7 +75,7 @@ def opacus_hooks_step(model: nn.Module, ids: Tensor, labels: Tensor) -> Callable
     parameters = [p for p in hooked.parameters() if p.requires_grad]
 
     def step() -> None:
-        F.cross_entropy(hooked(ids), labels, reduction="sum").backward()
+        torch.autograd.backward([F.cross_entropy(hooked(ids), labels, reduction="sum")])
         samples = [p.grad_sample for p in parameters]
         norms = torch.stack([g.flatten(1).norm(2, dim=1) for g in samples], dim=1).norm(2, dim=1)
         factors = (CLIP / (norms + 1e-6)).clamp(max=1.0)
@@ -98,12 +99,12 @@ def opacus_ghost_step(model: nn.Module, ids: Tensor, labels: Tensor) -> Callable
 
     def step() -> None:
         losses = F.cross_entropy(ghost(ids), labels, reduction="none")
-        losses.sum().backward(retain_graph=True)
+        torch.autograd.backward([losses.sum()], retain_graph=True)
         factors = ghost.get_clipping_coef()
         for parameter in parameters:
             parameter.grad = None
         ghost.disable_hooks()
-        (factors * losses).sum().backward()
+        torch.autograd.backward([(factors * losses).sum()])
         ghost.enable_hooks()
         with torch.no_grad():
             for parameter in parameters:

@@ -24,23 +24,24 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import cycle
+from typing import get_args
 
 import numpy as np
 import torch
 
 from benchmarks.measure import RESULTS, publish, settings
-from benchmarks.reclora import ROUTERS
 from lethe.page import STYLE
 from lethe.plots import Canvas, Series, plain
 from lora.config import AdapterConfig
 from lora.errors import LetheError
 from strategies.personal.asking import Asking
-from strategies.personal.config import PersonalConfig
+from strategies.personal.config import PersonalConfig, RouterName
 from strategies.personal.fitting import few, without_sample
 from strategies.personal.lifelong import LifelongUsers
 from strategies.personal.personalized import Personalized
 from strategies.personal.replay import ARMS, EVENT, Replayed, before, periods, replay
 from strategies.personal.representation import Recommended
+from strategies.personal.world import RECOMMENDERS
 from tasks.models import BaseModel
 from tasks.recommendation.config import RatingsConfig
 from tasks.recommendation.files import load_interactions
@@ -67,7 +68,7 @@ class Fitter:
         """Return the model of the training rows of a split."""
         unread = replace(split, train=np.setdiff1d(split.train, self.read))
         sample = few(unread.train, self.config.sample, seed=self.seed)
-        recommender = ROUTERS[self.chosen.router]()
+        recommender = RECOMMENDERS[self.chosen.router]()
         recommender.fit(log, replace(split, train=np.setdiff1d(split.train, sample)), seed=self.seed)
         base = replace(self.base, model=copy.deepcopy(self.base.model))
         asking = Asking(base, scorer=recommender, base_score=self.config.base_score, history=self.config.history)
@@ -195,7 +196,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sample", type=int, default=600, help="events of every period that are asked about")
     parser.add_argument("--early", type=int, default=100, help="more of newcomers, in each stretch of events seen")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--router", choices=list(ROUTERS), default="MF", help="scores and routes")
+    parser.add_argument("--router", choices=get_args(RouterName), default="MF", help="scores and routes")
     parser.add_argument("--reader-epochs", type=int, default=4)
     parser.add_argument("--no-anew", dest="anew", action="store_false", help="leave out the arm trained anew")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of `personal:`")

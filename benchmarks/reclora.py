@@ -3,7 +3,7 @@
     python -m benchmarks.reclora [--data FOLDER_OR_CSV] [--seeds 5] [--splits per-user global-time] [--arms NAME ...]
         [--base reader] [--scorer MF] [--routers MF DIN] [--recommenders MF DIN ...] [--sample 16384] [--validation]
         [--set temperature=0.3 epochs=1 ...] [--own single-lora-equal-rank:rate=0.001 ...] [--rates 0.001 0.004 ...]
-        [--ranked 100] [--kept DIRECTORY]
+        [--ranked 100] [--curve 256 1024 4096] [--kept DIRECTORY]
 
 Without `--data` the built-in world, where no arm gains. All arms of a seed share recommenders, cross-fitted scores of
 training rows, the sample, prompts, and a language model that is trained here without the sample (`--base reader`), or
@@ -23,6 +23,8 @@ was broken off goes on. (It is for the same command only: nothing else is compar
 - NDCG@10: the item that came next among 100 that its user never rates, `--ranked` test rows drawn anew for each seed.
 - swapped gate: routed as another user, whose history is not told; swapped: another user's history in all.
 - entropy (share of ln N), information (nats) and cosine of the meta-LoRAs.
+- `--curve`: the first arm again, on so many rows of its sample (Few2Many): AUC and log loss of the test rows of the
+  first split, alone.
 """
 
 import argparse
@@ -30,7 +32,7 @@ import json
 import pickle
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -44,6 +46,7 @@ from lora.config import AdapterConfig
 from lora.errors import LetheError
 from strategies.personal.comparison import Asked, Found, note
 from strategies.personal.config import ComparisonConfig, PersonalConfig, RouterName
+from strategies.personal.fitting import learning_curve
 from strategies.personal.personalized import Personalized
 from strategies.personal.recommenders.factors import recent_level
 from strategies.personal.recommenders.levels import ItemMean
@@ -55,7 +58,7 @@ from strategies.personal.world import RECOMMENDERS, World, base_of
 from tasks.recommendation.config import RatingsConfig, ReadingModelConfig
 from tasks.recommendation.files import load_interactions
 from tasks.recommendation.interactions import Floats, Interactions, Queries
-from tasks.recommendation.metrics import Interval, auc, likes, paired_bootstrap
+from tasks.recommendation.metrics import Interval, Labels, auc, likes, paired_bootstrap
 from tasks.recommendation.reader import read
 from tasks.recommendation.splits import SPLITS, Split
 
@@ -63,7 +66,7 @@ SINGLE = "single-lora-equal-parameters"
 DEFAULT = ("reclora-product-shared-user", "reclora-product-own-user", "reclora-factor-own-pair", SINGLE,
            "single-lora-equal-rank", "uniform-gate", "random-gate", "unadapted")  # fmt: skip
 BEATEN = (SINGLE, "single-lora-equal-rank", "uniform-gate", "random-gate")
-SIMPLE = {"item mean": ItemMean, "item + recent level": recent_level}
+SIMPLE: Mapping[str, Callable[[], Recommender]] = {"item mean": ItemMean, "item + recent level": recent_level}
 READER = "language model alone"
 HEADING = ("split", "arm", "AUC", "log loss", "vs single", "stacked", "vs stack", "NDCG@10", "swapped gate", "swapped",
            "entropy", "information", "cosine", "numbers", "CPU s")  # fmt: skip
@@ -167,12 +170,12 @@ class Seeded:
         path = self.plan.path(self.seed, f"{name}.npz")
         if path is not None and path.exists():
             with np.load(path) as kept:
-                stacked = [kept["stacked"]] if "stacked" in kept else []
+                stacked = [kept["stacked"]] if "stacked" in kept and len(kept["stacked"]) else []
                 return Found(json.loads(str(kept["figures"])), [kept["logits"]], stacked)
         found = self._measured(name, changes)
         if path is not None:
-            more = {"stacked": found.stacked[0]} if found.stacked else {}
-            np.savez(path, figures=json.dumps(found.figures), logits=found.logits[0], **more)
+            answers = found.stacked[0] if found.stacked else np.empty(0)
+            np.savez(path, figures=np.array(json.dumps(found.figures)), logits=found.logits[0], stacked=answers)
         told = ", ".join(f"{key} {values[-1]:.4f}" for key, values in found.figures.items())
         print(f"{self.split.name}, seed {self.seed}, {name}: {told}", flush=True)
         return found
@@ -215,15 +218,16 @@ class Seeded:
         return each
 
     def _swapped(self, arm: Personalized, each: Found) -> None:
-        """Ask a gate that routes what it does, and everything else of another user."""
-        if arm.config.gate == "uniform":
+        """Ask a router what it does, and what another user's would; with the first seed, another's whole history."""
+        if arm.config.gate != "router":
             return
         log, asked = self.log, self.asked
         report = arm.routing(log, asked.queries)
         each.add(entropy=report.relative_entropy, information=report.information, cosine=report.cosine,
                  collapsed=float(report.collapsed))  # fmt: skip
         each.add(swapped_gate=auc(asked.labels, arm.logits(log, asked.queries, routed_as=asked.others)))
-        each.add(swapped=auc(asked.labels, arm.logits(log, asked.others)))
+        if self.seed == 0:
+            each.add(swapped=auc(asked.labels, arm.logits(log, asked.others)))
 
 
 def searched(plan: Plan, names: Sequence[str], rates: Sequence[float], own: Mapping[str, Mapping[str, str]]) -> dict[
@@ -244,7 +248,7 @@ def searched(plan: Plan, names: Sequence[str], rates: Sequence[float], own: Mapp
 
 
 def _tried(  # noqa: PLR0917 (private)
-    seeded: Seeded, halves: Split, name: str, own: Mapping[str, str], rate: float, queries: Queries, labels: Floats
+    seeded: Seeded, halves: Split, name: str, own: Mapping[str, str], rate: float, queries: Queries, labels: Labels
 ) -> float:
     path = seeded.plan.path(0, f"rate-{rate:g}-{name}.json")
     if path is not None and path.exists():
@@ -270,6 +274,37 @@ def gathered(plan: Plan, own: Mapping[str, Mapping[str, str]]) -> dict[str, Foun
             each.logits += one.logits
             each.stacked += one.stacked
             each.add(**{figure: values[0] for figure, values in one.figures.items()})
+    return found
+
+
+def learned(plan: Plan, own: Mapping[str, Mapping[str, str]]) -> dict[int, Found]:
+    """Return what the first arm makes of parts of its sample, over all seeds."""
+    name, found = plan.chosen.arms[0], {size: Found() for size in plan.chosen.curve}
+    for seed in range(plan.chosen.seeds if found else 0):
+        seeded = Seeded(plan, seed)
+        for size, each in found.items():
+            for key, value in _point(seeded, name, size, own.get(name, {})).items():
+                each.add(**{key: value})
+        told = ", ".join(f"{size}: {each.figures['auc'][-1]:.4f}" for size, each in found.items())
+        print(f"{plan.split.name}, seed {seed}, {name} by sample: {told}", flush=True)
+    return found
+
+
+def _point(seeded: Seeded, name: str, size: int, own: Mapping[str, str]) -> dict[str, float]:
+    path = seeded.plan.path(seeded.seed, f"curve-{size}.json")
+    if path is not None and path.exists():
+        return dict(json.loads(path.read_text()))
+    world, plan = seeded.world, seeded.plan
+
+    def make(rows: int) -> Personalized:
+        return world.arm(name, plan.configured({**own, "sample": str(rows)}), plan.adapter)
+
+    (point,) = learning_curve(
+        make, plan.log, plan.split, [size], seed=seeded.seed, training_scores=world.training_scores
+    )
+    found = {"auc": point.auc, "log_loss": point.log_loss, "kept": float(point.kept_epoch)}
+    if path is not None:
+        path.write_text(json.dumps(found))
     return found
 
 
@@ -331,6 +366,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of `personal:`")
     parser.add_argument("--own", nargs="*", default=[], metavar="ARM:KEY=VALUE", help="settings of one arm")
     parser.add_argument("--rates", nargs="*", default=[], type=float, help="rates to choose from for each arm")
+    parser.add_argument("--curve", nargs="*", default=[], type=int, help="rows of the sample, for a learning curve")
     parser.add_argument("--kept", type=Path, help="where a run that may be broken off keeps what it has found")
     return parser.parse_args(arguments)
 
@@ -384,6 +420,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         beside = differences(log, plan.split, found)
         lines += table(plan.split, found, beside)[bool(lines) :]
         figures |= figures_of(name, found, beside)
+    for size, each in learned(plans[0], own).items():
+        figures |= {f"curve_{size}_{key}": statistics.fmean(values) for key, values in each.figures.items()}
+        lines.append([chosen.splits[0], f"{chosen.arms[0]}, {size} rows", each.told("auc"), each.told("log_loss")])
     about = {"seeds": chosen.seeds, "data": "built-in" if chosen.data is None else "given", "rank": chosen.rank}
     about |= {"base": chosen.base if chosen.base in ("reader", "minilm") else Path(chosen.base).name}
     about |= {"scorer": chosen.scorer, "routers": chosen.routers, "folds": chosen.folds, "targets": chosen.targets}

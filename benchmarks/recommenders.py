@@ -81,7 +81,7 @@ def makers(log: Interactions, *, sim: bool) -> dict[str, Maker]:
 
 def next_item() -> Sasrec:
     """The transformer that is trained for what comes next."""
-    return Sasrec(SasrecSettings(objective="next", rate=2e-3, decay=0.01, dropout=0.2, epochs=20))
+    return Sasrec(SasrecSettings(objective="next", negatives=None, rate=2e-3, decay=0.01, dropout=0.2, epochs=40))
 
 
 def measured(

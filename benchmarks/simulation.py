@@ -71,7 +71,7 @@ def play(engine: str, sections: Sections) -> None:
 
     with tempfile.TemporaryDirectory() as directory:
         began = time.perf_counter()
-        start(Stage(sections, Path(directory)), SimulationConfig(engine=engine))  # type: ignore[arg-type]
+        start(Stage(sections, Path(directory)), SimulationConfig(engine=engine))
         print(json.dumps({"wall_s": time.perf_counter() - began}))
 
 

@@ -22,7 +22,7 @@ from privacy.config import PrivacyConfig
 from server.config import ServerConfig
 from simulation.config import SimulationConfig
 from strategies.federated.config import FederationConfig
-from strategies.personal.config import ComparisonConfig, PersonalConfig
+from strategies.personal.config import ComparisonConfig, HistoriesConfig, KeptPersonalConfig, PersonalConfig
 from tasks.config import DataConfig, ModelConfig, TaskConfig
 from tasks.recommendation.config import RatingsConfig, ReadingModelConfig
 
@@ -98,11 +98,26 @@ class PersonalRun(RunKind):
     comparison: ComparisonConfig = ComparisonConfig()
 
 
+class FederatedPersonalRun(RunFile):
+    """A federation of clients that keep their users' histories: `ratings:` take the place of `data:`."""
+
+    kind: Literal["federated-personal"] = "federated-personal"
+    """What the file is for; a plain federation has no such key."""
+    ratings: RatingsConfig = RatingsConfig()
+    histories: HistoriesConfig = HistoriesConfig()
+    personal: KeptPersonalConfig = KeptPersonalConfig()
+
+
 SECTIONS = RunFile.sections()
 """The sections of a federation."""
 
-KINDS: Mapping[str, type[RunKind]] = {"federation": RunFile, "personal": PersonalRun}
-_COMMANDS = {"federation": "lethe simulate", "personal": "lethe personalize"}
+KINDS: Mapping[str, type[RunKind]] = {
+    "federation": RunFile,
+    "personal": PersonalRun,
+    "federated-personal": FederatedPersonalRun,
+}
+_SIMULATE = "lethe simulate"
+_COMMANDS = {"federation": _SIMULATE, "personal": "lethe personalize", "federated-personal": _SIMULATE}
 Kind = TypeVar("Kind", bound=RunKind)
 
 
@@ -182,6 +197,12 @@ def _something_to_mix(run: PersonalRun) -> str | None:
     return None
 
 
+def _ratings_alone(run: FederatedPersonalRun) -> str | None:
+    if run.data != DataConfig():
+        return "data: is not read where histories are personalised; describe the interactions in ratings:"
+    return None
+
+
 PersonalRun.rules = ((frozenset({"personal"}), _something_to_mix),)
 RunFile.rules = (
     (frozenset({"privacy", "federation"}), _uniform_weights),
@@ -192,6 +213,7 @@ RunFile.rules = (
     (frozenset({"task", "data"}), _labels_to_divide_by),
     (frozenset({"data", "federation"}), _shares_for_every_client),
 )
+FederatedPersonalRun.rules = (*RunFile.rules, (frozenset({"data"}), _ratings_alone))
 
 
 def conflicts(run: RunKind, *, broken: Iterable[str] = ()) -> list[str]:
@@ -251,8 +273,8 @@ def _kind_of(tree: dict[str, Any], wanted: type[Kind] | None, source: str) -> ty
         raise ConfigError(
             f"{source}: kind={inline(name)}: must be one of {', '.join(KINDS)}{nearest(str(name), KINDS)}"
         )
-    if wanted is not None and KINDS[name] is not wanted:
-        says = f"kind: {name}" if name == "personal" else "no `kind: personal` at its top"
+    if wanted is not None and not issubclass(KINDS[name], wanted):
+        says = f"kind: {name}" if name != "federation" else "no `kind: personal` at its top"
         raise ConfigError(f"{source}: has {says}; it is for `{_COMMANDS[name]}`")
     return KINDS[name]  # type: ignore[return-value]
 

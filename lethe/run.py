@@ -8,7 +8,7 @@ from typing import Any
 
 from client.config import TrainingConfig
 from client.job import private_plan
-from lethe.config import RunFile, load_run_file, resolved
+from lethe.config import FederatedPersonalRun, RunFile, load_run_file, resolved
 from lethe.directory import CONFIG, METRICS, REPORT, SUMMARY, check_free, new_directory
 from lethe.progress import Progress
 from lethe.record import read_record
@@ -136,11 +136,12 @@ def _decisions(run: RunFile, world: World) -> list[str]:
     sizes = sorted(len(share) for share in world.shares)
     training: TrainingConfig = run.training
     learner = world.learner
+    dealt = "whole users" if isinstance(run, FederatedPersonalRun) else run.data.partition
     lines = [
         f"engine {run.simulation.engine}, {torch.get_num_threads()} torch threads, {learner.base.placement}",
         f"model {learner.base.reference}: {len(learner.adapted.sites)} adapted matrices, frame "
         f"{learner.adapted.frame.digest[:12]}, {learner.layout.size:,} numbers in an adapter",
-        f"{len(sizes)} clients with {sizes[0]} to {sizes[-1]} examples ({run.data.partition}); "
+        f"{len(sizes)} clients with {sizes[0]} to {sizes[-1]} examples ({dealt}); "
         f"{run.federation.rounds} rounds of {training.steps} steps of {training.batch}",
     ]
     if run.privacy.private:

@@ -84,6 +84,17 @@ class PersonalConfig(Section):
         return self
 
 
+class KeptPersonalConfig(PersonalConfig):
+    """`personal:` where histories stay at the clients: no recommender knows them, and a user's mixture is one slot."""
+
+    base_score: Literal["none"] = "none"
+    """No recommender has learned from everybody's interactions, so there is no score to add or tell."""
+    frame: Literal["shared"] = "shared"
+    """One frozen A, so that averaging the clients' B's is exact."""
+    routing: Literal["user"] = "user"
+    """By the history alone: a user's mixture is known before the target."""
+
+
 RouterName = Literal["MF", "DIN", "SASRec"]
 RecommenderName = Literal["MF", "DIN", "SASRec", "boosted"]
 

@@ -23,7 +23,7 @@ from lora.frame import Frame, Site
 from lora.gradients import GradientSink
 from strategies.unlearning.audited_request import AuditedRequest
 from strategies.unlearning.frames import Matrices, overlap_gradient
-from strategies.unlearning.objectives import Objective
+from strategies.unlearning.objectives import LEARN, Descent, Objective
 from tasks.learner import Blocks, Learner
 from tasks.tokens import Batch
 
@@ -98,15 +98,18 @@ def unlearn(
     slot: Slot,
     settings: SlotSettings,
     earlier: Sequence[Slot] = (),
+    descent: Descent = LEARN,
     seed: int = 0,
 ) -> Unlearned:
     """Train a slot on the request's used rows, on top of the model `[learner.layout.size]`, which stays as it is.
 
     `slot` is where training starts: fresh, or (`carried`) the slot of the request before; it is not written to.
-    `earlier` are the slots of all earlier requests, for the penalty. The request's audit watches, and counts whatever
+    `earlier` are the slots of all earlier requests, for the penalty. `descent` other than `LEARN` is for baselines; the
+    losses are means over an epoch of what the steps go down. The request's audit watches, and counts whatever
     is read. Raises DataError where the audit finds a read of anything else.
     """
-    work = _Work(learner, model.to(learner.device), slot, settings=settings, earlier=[s.part("A") for s in earlier])
+    before = [each.part("A") for each in earlier]
+    work = _Work(learner, model.to(learner.device), slot, settings=settings, earlier=before, descent=descent)
     audit = request.audit
     audit.declare("model", [*learner.base.model.parameters(), *learner.base.model.buffers(), work.model])
     audit.declare("model", learner.adapted.frame.matrices.values())
@@ -164,6 +167,7 @@ class _Work:
     start: Slot
     settings: SlotSettings
     earlier: Sequence[Matrices]
+    descent: Descent = LEARN
     values: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -186,13 +190,23 @@ class _Work:
         stacked = self._stacked(blocks)
         gradient = torch.zeros_like(self.values)
         sink = _SlotGradients(self.start.layout, gradient, learner.adapted.frame.rank, self.parts)
+        beside = self._without(batch, blocks)
         with learner.adapted.bound(stacked, sink=sink) as base:
-            loss = learner.task.answer(base, batch, blocks, sink).loss.mean()
+            losses = learner.task.answer(base, batch, blocks, sink).loss
+            loss = self.descent.of(losses, torch.zeros_like(losses) if beside is None else beside)
             torch.autograd.backward(loss)
         self._add_penalty(gradient)
         self.column.grad = gradient[self.trained]
         self.optimizer.step()
         return float(loss.detach()), len(batch)
+
+    @torch.no_grad()
+    def _without(self, batch: Batch, blocks: Blocks) -> Tensor | None:
+        """Return the losses of the model without the slot, where the descent compares."""
+        if not self.descent.compared:
+            return None
+        with self.learner.adapted.bound(blocks) as base:
+            return self.learner.task.answer(base, batch, blocks, None).loss
 
     def _stacked(self, blocks: Blocks) -> dict[tuple[Part, str], Tensor]:
         """Return the factors of both as one: A `[r_model + r, d_in]`, B `[d_out, r_model + r]`."""

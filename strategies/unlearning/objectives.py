@@ -1,11 +1,12 @@
 """What a model is to say instead of what it is to forget: random labels, refusals, or its own next best label."""
 
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lora.errors import DataError
@@ -86,6 +87,25 @@ class RunnerUp:
     def __call__(self, examples: Examples, source: random.Random) -> Examples:
         """Return the rows with the next best labels; nothing is drawn."""
         return Examples(examples.texts, self.labels, examples.prompts, examples.owners)
+
+
+@dataclass(frozen=True)
+class Descent:
+    """What a slot's steps go down: `of(losses [rows], the same without the slot)`; without `compared`, zeros."""
+
+    of: Callable[[Tensor, Tensor], Tensor]
+    compared: bool = False
+
+
+LEARN = Descent(lambda losses, _: losses.mean())
+"""Learn the objective's answers."""
+ASCEND = Descent(lambda losses, _: -losses.mean())
+"""Climb the loss of the request's own answers, with nothing to hold it (Jang et al., ACL 2023): a baseline."""
+
+
+def prefer_less(*, beta: float = 0.1) -> Descent:
+    """Return NPO without a retain loss (Zhang et al., COLM 2024): 2/beta E log(1 + (p / p_before)^beta); a baseline."""
+    return Descent(lambda losses, own: 2 / beta * F.softplus(beta * (own - losses)).mean(), compared=True)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from lethe import config as run_files
 from lethe.config import (
     SECTIONS,
+    FederatedPersonalRun,
     PersonalRun,
     RunFile,
     conflicts,
@@ -268,7 +269,7 @@ def test_a_null_section_is_an_empty_one(tmp_path: Path) -> None:
 # --- Recipes ---------------------------------------------------------------------------------------------------------
 
 
-COMMANDS = {RunFile: "lethe simulate", PersonalRun: "lethe personalize"}
+COMMANDS = {RunFile: "lethe simulate", PersonalRun: "lethe personalize", FederatedPersonalRun: "lethe simulate"}
 
 
 def leaves(tree: object) -> int:
@@ -396,12 +397,27 @@ def personal_fault(path: Path, *overrides: str) -> str:
     return str(caught.value)
 
 
+def test_a_federation_may_keep_histories_and_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("kind: federated-personal\nhistories: {per_user: 1}\nratings: {core: 1}\n")
+    run = load_run_file(path, ["privacy.epsilon=2", "privacy.delta=1e-5"])
+    assert isinstance(run, FederatedPersonalRun)
+    assert (run.histories.per_user, run.personal.base_score, run.privacy.epsilon) == (1, "none", 2)
+    assert from_mapping(resolved(run)) == run
+    assert "histories: there is no such key" in fault(path, "kind=federation", "ratings=null")
+    assert "personal.routing=pair: must be one of user" in fault(path, "personal.routing=pair")
+    assert "personal.base_score=offset: must be one of none" in fault(path, "personal.base_score=offset")
+    assert "data: is not read where histories are personalised" in fault(path, "data.name=x")
+    assert "has kind: federated-personal; it is for `lethe simulate`" in personal_fault(path)
+
+
 def test_a_file_says_its_kind_and_only_its_command_takes_it(empty: Path, personal: Path) -> None:
     assert load_any(personal) == load_personal_run(personal) == PersonalRun()
     assert load_any(empty) == load_run_file(empty, ["kind=federation"]) == RunFile()
     assert "has kind: personal; it is for `lethe personalize`" in fault(personal)
     assert "has no `kind: personal` at its top; it is for `lethe simulate`" in personal_fault(empty)
-    assert "kind=persona: must be one of federation, personal; did you mean 'personal'?" in fault(empty, "kind=persona")
+    kinds = "federation, personal, federated-personal; did you mean 'personal'?"
+    assert f"kind=persona: must be one of {kinds}" in fault(empty, "kind=persona")
 
 
 @pytest.mark.parametrize(

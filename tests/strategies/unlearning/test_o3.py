@@ -17,7 +17,7 @@ from strategies.unlearning import o3
 from strategies.unlearning.audited_request import AuditedRequest
 from strategies.unlearning.frames import OrthogonalFrames, overlap_penalty, overlaps
 from strategies.unlearning.o3 import Slot, SlotSettings, slot_bank, unlearn
-from strategies.unlearning.objectives import RandomLabels, Refusals, runner_up
+from strategies.unlearning.objectives import ASCEND, Descent, RandomLabels, Refusals, RunnerUp, prefer_less, runner_up
 from tasks.examples import Examples
 from tasks.heads import pool
 from tasks.learner import Learner
@@ -240,6 +240,25 @@ def test_a_language_model_learns_to_refuse(make_learner: Callable[..., Learner])
         learner, AuditedRequest(asked), refusals, model=learner.start(), slot=fresh(learner), settings=settings
     )
     assert made.losses[-1] < 0.8 * made.losses[0]
+
+
+@pytest.mark.parametrize("descent", [ASCEND, prefer_less()], ids=["ascent", "npo"])
+def test_baselines_unlearn_their_own_answers(learner: Learner, rows: Callable[..., Examples], descent: Descent) -> None:
+    values = fit_head(learner, rows(0, 1, 2, 3))
+    same = RunnerUp(tuple(rows(1).labels or ()))
+    made = unlearn(
+        learner, AuditedRequest(rows(1)), same, model=values, slot=fresh(learner), settings=QUICK, descent=descent
+    )
+    before, after = (accuracy(learner, values, rows(1), [made.slot], [weight]) for weight in (0.0, 1.0))
+    assert after < before
+    assert made.losses[-1] < made.losses[0]
+
+
+def test_npo_starts_at_its_own_loss_and_flattens() -> None:
+    own = torch.tensor([0.5, 2.0])
+    npo = prefer_less(beta=0.1)
+    assert float(npo.of(own, own)) == pytest.approx(20 * np.log(2))
+    assert float(npo.of(own + 1000, own)) == pytest.approx(0.0, abs=1e-6)
 
 
 def test_layers_are_counted_by_number() -> None:
