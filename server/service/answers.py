@@ -23,6 +23,11 @@ class Provenance:
     reason: str = BASE
 
     @classmethod
+    def cold(cls, reason: str) -> "Provenance":
+        """Return that of the cold start: the gate's answer to somebody of whom nothing is known."""
+        return cls(None, None, {"cold": 1.0}, personalized=False, reason=reason)
+
+    @classmethod
     def of(cls, adapter: str | None, version: int) -> "Provenance":
         """Return that of one slot with weight 1, or of the base model."""
         if adapter is None:

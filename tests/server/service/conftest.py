@@ -13,10 +13,20 @@ from lora.codec import Layout
 from lora.config import AdapterConfig
 from lora.model import AdaptedModel
 from server.service.queue import Work
+from strategies.personal.asking import Asking
+from strategies.personal.config import PersonalConfig
+from strategies.personal.lifelong import LifelongUsers
+from strategies.personal.personalized import Personalized
+from strategies.personal.recommenders.factors import FactorSettings, FoldedFactors
+from strategies.personal.representation import Recommended
 from strategies.personal.slots import UserSlots
 from tasks.config import ModelConfig, TaskConfig
 from tasks.learner import Learner, build_learner
 from tasks.models import BaseModel, load_base
+from tasks.recommendation.builtin import builtin_interactions
+from tasks.recommendation.interactions import Interactions
+from tasks.recommendation.reader import ReaderSettings, new_reader
+from tasks.recommendation.splits import per_user
 
 USERS = tuple(f"user-{number}" for number in range(12))
 
@@ -98,3 +108,36 @@ def in_threads() -> Iterator[Callable[..., None]]:
 def works(*asked: Any) -> list[Work[Any]]:
     """Requests of one owner each."""
     return [Work(number, each) for number, each in enumerate(asked)]
+
+
+@pytest.fixture(scope="session")
+def personal() -> Personalized:
+    """A personalised reader over a little world, with parts at random: it answers differently for every user."""
+    log = builtin_interactions(users=12, items=30, events=12, seed=3)
+    split = per_user(log)
+    scorer = FoldedFactors(FactorSettings(factors=4, lengths=(10,), ridges=(1.0,), epochs=5))
+    scorer.fit(log, split, seed=0)
+    base = new_reader(log, ReaderSettings(vocabulary=400, width=16, layers=1, heads=2, hidden=24))
+    config = PersonalConfig(meta_loras=3, sample=64, epochs=1, checks=32, history=2)
+    asking = Asking(base, scorer=scorer, history=2)
+    representation = Recommended([scorer], "user")
+    one = Personalized(base, AdapterConfig(rank=2, alpha=3), config, asking=asking, representation=representation)
+    one.fit(log, split, seed=0)
+    source = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        one.parts.meta.b.copy_(torch.randn(one.parts.meta.b.shape, generator=source))
+    return one
+
+
+@pytest.fixture(scope="session")
+def log() -> Interactions:
+    return builtin_interactions(users=12, items=30, events=12, seed=3)
+
+
+@pytest.fixture
+def people(personal: Personalized, log: Interactions) -> Iterator[LifelongUsers]:
+    """Everybody of the little world, in memory."""
+    users = LifelongUsers(personal, log)
+    users.start(log)
+    yield users
+    users.close()
