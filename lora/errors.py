@@ -15,6 +15,7 @@
     └── ServiceError         a request that the personalisation service cannot answer
         ├── Busy             too much is waiting already; the same request succeeds later
         ├── Denied           the caller may not ask this
+        ├── Unavailable      what the service stands on, such as its database, does not answer
         └── Unknown          a user, adapter, model or request that is not there
 
 A message states the value, the limit and the remedy, in the spelling of the run file.
@@ -86,6 +87,10 @@ class Busy(ServiceError):
 
 class Denied(ServiceError):
     """The caller may not ask this."""
+
+
+class Unavailable(ServiceError):
+    """What the service stands on does not answer; the same request succeeds once it is back."""
 
 
 class Unknown(ServiceError):

@@ -4,15 +4,18 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from sqlalchemy import create_engine, text
 
 from lora.codec import Layout
 from lora.config import AdapterConfig
 from lora.model import AdaptedModel
 from server.service.queue import Work
+from server.service.registry import Registry
 from strategies.personal.asking import Asking
 from strategies.personal.config import PersonalConfig
 from strategies.personal.lifelong import LifelongUsers
@@ -27,6 +30,7 @@ from tasks.recommendation.builtin import builtin_interactions
 from tasks.recommendation.interactions import Interactions
 from tasks.recommendation.reader import ReaderSettings, new_reader
 from tasks.recommendation.splits import per_user
+from tests.server.service.postgres import Postgres, binaries, running
 
 USERS = tuple(f"user-{number}" for number in range(12))
 
@@ -141,3 +145,30 @@ def people(personal: Personalized, log: Interactions) -> Iterator[LifelongUsers]
     users.start(log)
     yield users
     users.close()
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    if binaries() is None:
+        pytest.skip("PostgreSQL is not installed (no initdb and pg_ctl on the path or below /usr/lib/postgresql)")
+    with running() as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def registry_url(request: pytest.FixtureRequest) -> str | None:
+    """Of a registry without tables: None for SQLite in the registry's own folder."""
+    if request.param == "sqlite":
+        return None
+    url: str = request.getfixturevalue("postgres").url
+    with create_engine(url).connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text("DROP SCHEMA public CASCADE"))
+        connection.execute(text("CREATE SCHEMA public"))
+    return url
+
+
+@pytest.fixture
+def registry(registry_url: str | None, tmp_path: Path) -> Iterator[Registry]:
+    opened = Registry(registry_url, tmp_path / "registry")
+    yield opened
+    opened.close()
