@@ -28,8 +28,8 @@ class Provenance:
         return cls(None, None, {"cold": 1.0}, personalized=False, reason=reason)
 
     @classmethod
-    def of(cls, adapter: str | None, version: int) -> "Provenance":
-        """Return that of one slot with weight 1, or of the base model."""
+    def of(cls, adapter: str | None, version: int, *, reason: str = BASE) -> "Provenance":
+        """Return that of one slot with weight 1, or of the base model for a `reason`."""
         if adapter is None:
-            return cls(None, None)
+            return cls(None, None, reason=reason)
         return cls(adapter, version, {adapter: 1.0}, personalized=True, reason=OWN)

@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
-from lora.errors import LetheError, ServiceError
+from lora.errors import LetheError, ServiceError, Unavailable
 from server.service.queue import FairQueue, Work
 
 log = logging.getLogger("lethe.service")
@@ -83,7 +83,7 @@ class Engine(Generic[Asked]):
     | the queue is full | Busy; nothing is accepted |
     | the worker raises | the requests of its step get the error, the engine goes on |
     | an owner is retired | own requests end with the given error, waiting or running; others are untouched |
-    | `close` | what runs is finished, what waits ends with ServiceError |
+    | `close` | what runs is finished, what waits ends with Unavailable |
     """
 
     def __init__(self, worker: Worker[Asked], limits: Limits | None = None, *, name: str = "engine") -> None:
@@ -129,7 +129,7 @@ class Engine(Generic[Asked]):
     def close(self, *, timeout: float = 30.0) -> None:
         """Finish what runs, end what waits, and stop the thread."""
         for work in self._queue.close():
-            work.tell(ServiceError("the service has stopped; ask again once it is back"))
+            work.tell(Unavailable("the service has stopped; ask again once it is back"))
         if self._thread is not threading.current_thread():
             self._thread.join(timeout)
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lora.errors import LetheError, ServiceError
+from lora.errors import DataError, LetheError
 from lora.model import AdaptedModel
 from server.service.answers import Provenance
 from server.service.decoding import Decoding
@@ -135,10 +135,10 @@ class Writing:
         start = self.base.tokenizer.bos_token_id
         return torch.tensor(ids or [start if start is not None else 0], dtype=torch.int64)
 
-    def _too_long(self, asked: WriteAsked, ids: Tensor) -> ServiceError | None:
+    def _too_long(self, asked: WriteAsked, ids: Tensor) -> DataError | None:
         if len(ids) + asked.most <= self.longest:
             return None
-        return ServiceError(
+        return DataError(
             f"prompt of {len(ids)} tokens and max_tokens={asked.most} are more than the {self.longest} that the model "
             "takes; shorten either"
         )

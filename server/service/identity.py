@@ -44,7 +44,7 @@ class Caller:
     def must_be(self, *roles: Role) -> None:
         """Raise Denied unless the caller has one of the roles."""
         if self.role not in roles:
-            raise Denied(f"this needs a key of role {' or '.join(roles)}, and this one is of role {self.role}")
+            raise Denied(f"this key is of role {self.role}; ask with one of role {' or '.join(roles)}")
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def check_name(name: str, *, what: str) -> None:
     """
     if not name.strip() or len(name) > LONGEST_NAME:
         raise DataError(f"{what} of {len(name)} characters; give 1 to {LONGEST_NAME} that are not all blank")
-    if not name.isprintable() or any("\ud800" <= letter <= "\udfff" for letter in name):
+    if not name.isprintable() or any("\ud800" <= letter <= "\udfff" or letter == "\ufffd" for letter in name):
         raise DataError(f"{what} has characters that cannot be printed; leave them out")
     if name in (".", "..") or "/" in name or "\\" in name:
         raise DataError(f"{what} '{name}' looks like a path; leave out slashes and dots alone")

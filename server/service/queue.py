@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from lora.errors import Busy, ServiceError
+from lora.errors import Busy, Unavailable
 
 Asked = TypeVar("Asked")
 
@@ -48,7 +48,7 @@ class FairQueue(Generic[Asked]):
     |---|---|
     | `most` pieces are waiting | Busy |
     | an owner has `most_of_one` pieces waiting | Busy, for this owner only |
-    | the queue is closed | ServiceError |
+    | the queue is closed | Unavailable |
     """
 
     def __init__(self, *, most: int, most_of_one: int) -> None:
@@ -61,10 +61,10 @@ class FairQueue(Generic[Asked]):
         return self._count
 
     def put(self, work: Work[Asked], *, retry_after: float = 1.0) -> None:
-        """Let a piece of work wait. Raises Busy where there is no room, ServiceError after `close`."""
+        """Let a piece of work wait. Raises Busy where there is no room, Unavailable after `close`."""
         with self._changed:
             if self._closed:
-                raise ServiceError("the service is stopping and takes no more requests; ask again once it is back")
+                raise Unavailable("the service is stopping and takes no more requests; ask again once it is back")
             own = self._turns.get(work.owner, ())
             if self._count >= self.most:
                 raise Busy(f"{self._count} requests are waiting, the most that may; ask again later",

@@ -11,10 +11,10 @@ from alembic import command
 from alembic.config import Config
 from sqlalchemy import create_engine, event, select, text, update
 from sqlalchemy.engine import Connection, Engine, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.orm import Session
 
-from lora.errors import ConfigError, RunError, Unavailable
+from lora.errors import Busy, ConfigError, RunError, Unavailable
 from server.service.tables import ChangeRow
 
 MIGRATIONS = Path(__file__).parent / "migrations"
@@ -53,6 +53,8 @@ class Registry:
         try:
             with Session(self.engine, expire_on_commit=False) as session, session.begin():
                 yield session
+        except IntegrityError as error:
+            raise Busy("another request changed the same at the same moment; ask again") from error
         except DBAPIError as error:
             raise _unavailable(error) from error
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lora.errors import LetheError, ModelError
 from lora.overlay import Overlaying
-from server.service.answers import Provenance
+from server.service.answers import BASE, Provenance
 from server.service.warm import WarmSlots
 from tasks.examples import Examples
 from tasks.heads import TEMPERATURE, pool
@@ -28,6 +28,8 @@ class TextAsked:
     adapter: str | None
     text: str
     kind: Kind = "classify"
+    reason: str = BASE
+    """Why the base model is asked, where it is."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,8 @@ class TextAnswer:
 class _Values:
     numbers: Sequence[float]
 
-    def of(self, adapter: str | None, version: int) -> TextAnswer:
-        return TextAnswer(tuple(self.numbers), Provenance.of(adapter, version))
+    def of(self, asked: TextAsked, version: int) -> TextAnswer:
+        return TextAnswer(tuple(self.numbers), Provenance.of(asked.adapter, version, reason=asked.reason))
 
 
 class Texts:
@@ -79,7 +81,7 @@ class Texts:
             alone = len({asked[place].adapter for place in group}) == 1
             answers = self._answers(batch, buffer[own], [asked[place] for place in group], alone=alone)
             for place, version, answer in zip(group, versions[own], answers, strict=True):
-                found[place] = version if isinstance(version, LetheError) else answer.of(asked[place].adapter, version)
+                found[place] = version if isinstance(version, LetheError) else answer.of(asked[place], version)
             start += len(group)
         return found
 

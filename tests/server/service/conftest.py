@@ -9,13 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from fastapi.testclient import TestClient
 from sqlalchemy import create_engine, text
 
 from lora.codec import Layout
 from lora.config import AdapterConfig
 from lora.model import AdaptedModel
+from server.service.engine import Limits
+from server.service.http import create_app
+from server.service.identity import RateLimits
 from server.service.queue import Work
 from server.service.registry import Registry
+from server.service.service import Service, Writer
 from strategies.personal.asking import Asking
 from strategies.personal.config import PersonalConfig
 from strategies.personal.lifelong import LifelongUsers
@@ -31,6 +36,7 @@ from tasks.recommendation.interactions import Interactions
 from tasks.recommendation.reader import ReaderSettings, new_reader
 from tasks.recommendation.splits import per_user
 from tests.server.service.postgres import Postgres, binaries, running
+from tests.server.service.site import Site
 
 USERS = tuple(f"user-{number}" for number in range(12))
 
@@ -172,3 +178,25 @@ def registry(registry_url: str | None, tmp_path: Path) -> Iterator[Registry]:
     opened = Registry(registry_url, tmp_path / "registry")
     yield opened
     opened.close()
+
+
+@pytest.fixture(scope="session")
+def text_encoder() -> Encoder:
+    learner = build_learner(
+        ModelConfig(name="tiny-bert"), TaskConfig(head="frozen", max_length=48), AdapterConfig(rank=2, alpha=4),
+        labels=("dull", "good"), trains_frame=False,
+    )  # fmt: skip
+    return Encoder(learner, UserSlots(learner.layout, frame=learner.adapted.frame.digest))
+
+
+@pytest.fixture
+def site(personal: Personalized, log: Interactions, text_encoder: Encoder, tmp_path: Path) -> Iterator[Site]:
+    registry = Registry(None, tmp_path / "registry")
+    users = LifelongUsers(personal, log, directory=tmp_path / "users")
+    users.start(log)
+    service = Service(
+        registry, users=users, learner=text_encoder.learner, writer=Writer(personal.base, personal.adapted),
+        rates=RateLimits(rate=1e6, burst=10**6), candidates=8, limits=Limits(rows=8, wait=0.001),
+    )  # fmt: skip
+    with TestClient(create_app(service), raise_server_exceptions=False) as client:
+        yield Site(service, client)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora.errors import ServiceError, Unknown
+from lora.errors import DataError, Unknown
 from server.service.decoding import Decoding
 from server.service.generation import WriteAsked, Writing, Written
 from server.service.queue import Work
@@ -130,7 +130,7 @@ def test_what_cannot_be_written_is_said_and_the_others_are(decoder: Decoder) -> 
         worker.step([])
     with pytest.raises(Unknown, match="nobody"):
         unknown.answer.result(0)
-    with pytest.raises(ServiceError, match="prompt of 18 tokens and max_tokens=3"):
+    with pytest.raises(DataError, match="prompt of 18 tokens and max_tokens=3"):
         long.answer.result(0)
     assert good.answer.result(0).finish in ("length", "stop")
     worker.step(both := works(WriteAsked("nobody", "x", 3)))
