@@ -78,6 +78,7 @@ class Service:
         self.served: dict[str, Served] = {}
         self.engines: dict[str, Engine[Any]] = {}
         self._warm: list[WarmSlots] = []
+        self._closed = False
         self.adapters.recover()
         self._start(limits or Limits(), candidates=candidates, warm=warm)
         self.watch = Watch(registry, self._doubt)
@@ -123,7 +124,10 @@ class Service:
             kept.doubt()
 
     def close(self) -> None:
-        """Finish what runs, end what waits, and close the files."""
+        """Finish what runs, end what waits, and close the files; once is enough."""
+        if self._closed:
+            return
+        self._closed = True
         for engine in self.engines.values():
             engine.close()
         self.watch.close()
