@@ -28,6 +28,8 @@ READY, QUARANTINED = "ready", "quarantined"
 QUARANTINE = "quarantine"
 _KEY = "slot"
 _TRIES = 5
+KNOWN = 100_000
+"""Adapters whose rows are remembered."""
 
 
 @dataclass(frozen=True)
@@ -81,12 +83,15 @@ class Adapters:
         self.folder = registry.folder / "adapters"
         (self.folder / QUARANTINE).mkdir(parents=True, exist_ok=True)
         self._listeners: list[Callable[[Sequence[str]], None]] = []
+        self._known: dict[str, AdapterInfo | None] = {}
+        self._age = 0
 
     def listen(self, listener: Callable[[Sequence[str]], None]) -> None:
         """Have names told that are written or removed by this process."""
         self._listeners.append(listener)
 
     def _tell(self, names: Sequence[str]) -> None:
+        self.doubt()
         for listener in self._listeners:
             listener(names)
 
@@ -101,6 +106,23 @@ class Adapters:
             asked = asked.where(AdapterRow.name.in_(names))
         with self.registry.session() as session:
             return [_info(row) for row in session.scalars(asked)]
+
+    def known(self, name: str) -> AdapterInfo | None:
+        """Return one adapter, or None, as the registry had it since the last change that was heard of (`doubt`)."""
+        if name in self._known:
+            return self._known[name]
+        age = self._age
+        found = self.infos(names=[name])
+        info = found[0] if found else None
+        # What was read before a change that is heard of meanwhile is not kept.
+        if age == self._age and len(self._known) < KNOWN:
+            self._known[name] = info
+        return info
+
+    def doubt(self) -> None:
+        """Have `known` ask the registry again: it has changed."""
+        self._age += 1
+        self._known = {}
 
     def info(self, name: str) -> AdapterInfo:
         """Return one adapter. Raises Unknown."""

@@ -120,6 +120,7 @@ class Service:
         self.metrics.follow(self.engines[name])
 
     def _doubt(self) -> None:
+        self.adapters.doubt()
         for kept in self._warm:
             kept.doubt()
 
@@ -226,7 +227,8 @@ class Service:
 
         Raises Unknown alike for one that is not there and for another's.
         """
-        found = [info for info in self.adapters.infos(names=[name]) if _visible(caller, info)]
+        there = self.adapters.known(name)
+        found = [] if there is None or not _visible(caller, there) else [there]
         own = self._own_slot(caller, name)
         for info in found if own is None else [own, *found]:
             if served is None or info.layout == served.layout.digest:

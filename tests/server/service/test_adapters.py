@@ -53,6 +53,29 @@ def test_what_was_written_is_read_and_versions_grow_for_ever(adapters: Adapters)
         adapters.read("nobody")
 
 
+def test_what_is_remembered_of_a_row_ends_with_a_change(adapters: Adapters, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert adapters.known("ada") is None
+    adapters.write(new("ada", 1, owner="ada"))
+    first = adapters.known("ada")
+    assert first is not None and adapters.known("ada") is first
+    adapters.write(new("ada", 2, owner="ada"))
+    second = adapters.known("ada")
+    assert second is not None and second.version > first.version
+    infos = adapters.infos
+
+    def interrupted(**asked: Any) -> Any:
+        found = infos(**asked)
+        adapters.doubt()
+        return found
+
+    adapters.doubt()
+    monkeypatch.setattr(adapters, "infos", interrupted)
+    assert adapters.known("ada") == second
+    monkeypatch.undo()
+    adapters.remove("ada")
+    assert adapters.known("ada") is None
+
+
 def test_names_are_no_paths(adapters: Adapters) -> None:
     adapters.write(new("../../outside", 5))
     assert adapters.read("../../outside")[0].tolist() == [5] * 6
