@@ -74,9 +74,17 @@ def settings(**own: Any) -> dict[str, Any]:
 
 
 def publish(
-    name: str, *, figures: Mapping[str, float], rows: Sequence[Sequence[str]], about: Mapping[str, Any]
+    name: str,
+    *,
+    figures: Mapping[str, float],
+    rows: Sequence[Sequence[str]],
+    about: Mapping[str, Any],
+    part: str | None = None,
 ) -> Path:
-    """Print the table and write benchmarks/results/NAME.json."""
+    """Print the table and write benchmarks/results/NAME.json.
+
+    A `part` of a file that several benchmarks write leaves the others' figures and settings in it.
+    """
     table = Table(*rows[0], title=name)
     for row in rows[1:]:
         table.add_row(*row)
@@ -86,6 +94,13 @@ def publish(
     console.print(table)
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"figures": dict(figures), "settings": dict(about)}, indent=1) + "\n")
+    found = {"figures": dict(figures), "settings": dict(about)}
+    if part is not None:
+        before = json.loads(path.read_text()) if path.exists() else {"figures": {}, "settings": {}}
+        found = {
+            "figures": before["figures"] | found["figures"],
+            "settings": before["settings"] | {part: found["settings"]},
+        }
+    path.write_text(json.dumps(found, indent=1) + "\n")
     console.print(f"written: benchmarks/results/{path.name}", highlight=False)
     return path

@@ -68,8 +68,8 @@ DEFAULT = ("reclora-product-shared-user", "reclora-product-own-user", "reclora-f
 BEATEN = (SINGLE, "single-lora-equal-rank", "uniform-gate", "random-gate")
 SIMPLE: Mapping[str, Callable[[], Recommender]] = {"item mean": ItemMean, "item + recent level": recent_level}
 READER = "language model alone"
-HEADING = ("split", "arm", "AUC", "log loss", "vs single", "stacked", "vs stack", "NDCG@10", "swapped gate", "swapped",
-           "entropy", "information", "cosine", "numbers", "CPU s")  # fmt: skip
+HEADING = ("split", "arm", "AUC", "log loss", "vs single", "vs uniform", "vs swapped gate", "stacked", "vs stack",
+           "NDCG@10", "swapped gate", "swapped", "entropy", "information", "cosine", "numbers", "CPU s")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -170,12 +170,12 @@ class Seeded:
         path = self.plan.path(self.seed, f"{name}.npz")
         if path is not None and path.exists():
             with np.load(path) as kept:
-                stacked = [kept["stacked"]] if "stacked" in kept and len(kept["stacked"]) else []
-                return Found(json.loads(str(kept["figures"])), [kept["logits"]], stacked)
+                stacked, rerouted = ([kept[key]] if len(kept.get(key, ())) else [] for key in ("stacked", "rerouted"))
+                return Found(json.loads(str(kept["figures"])), [kept["logits"]], stacked, rerouted)
         found = self._measured(name, changes)
         if path is not None:
-            answers = found.stacked[0] if found.stacked else np.empty(0)
-            np.savez(path, figures=np.array(json.dumps(found.figures)), logits=found.logits[0], stacked=answers)
+            more = {key: rows[0] for key in ("stacked", "rerouted") if (rows := getattr(found, key))}
+            np.savez(path, figures=np.array(json.dumps(found.figures)), logits=found.logits[0], **more)
         told = ", ".join(f"{key} {values[-1]:.4f}" for key, values in found.figures.items())
         print(f"{self.split.name}, seed {self.seed}, {name}: {told}", flush=True)
         return found
@@ -225,7 +225,8 @@ class Seeded:
         report = arm.routing(log, asked.queries)
         each.add(entropy=report.relative_entropy, information=report.information, cosine=report.cosine,
                  collapsed=float(report.collapsed))  # fmt: skip
-        each.add(swapped_gate=auc(asked.labels, arm.logits(log, asked.queries, routed_as=asked.others)))
+        each.rerouted.append(arm.logits(log, asked.queries, routed_as=asked.others))
+        each.add(swapped_gate=auc(asked.labels, each.rerouted[-1]))
         if self.seed == 0:
             each.add(swapped=auc(asked.labels, arm.logits(log, asked.others)))
 
@@ -273,6 +274,7 @@ def gathered(plan: Plan, own: Mapping[str, Mapping[str, str]]) -> dict[str, Foun
             one, each = seeded.found(name, own.get(name, {})), found.setdefault(name, Found())
             each.logits += one.logits
             each.stacked += one.stacked
+            each.rerouted += one.rerouted
             each.add(**{figure: values[0] for figure, values in one.figures.items()})
     return found
 
@@ -324,6 +326,8 @@ def differences(log: Interactions, split: Split, found: Mapping[str, Found]) -> 
                 made[name, other] = between(each.logits, found[other].logits)
                 made[name, f"{other}, stacked"] = between(each.stacked, found[other].stacked)
         made[name, "stack"] = between(each.stacked, found["stack"].logits)
+        if len(each.rerouted) == len(each.logits):
+            made[name, "swapped gate"] = between(each.logits, each.rerouted)
     return made
 
 
@@ -331,13 +335,14 @@ def table(split: Split, found: Mapping[str, Found], beside: Mapping[tuple[str, s
     """Return the rows of one split's table, the heading first."""
     lines = [[*HEADING]]
     for name, each in found.items():
-        single, stacked = (str(beside.get((name, other), "")) for other in (SINGLE, "stack"))
+        others = (SINGLE, "uniform-gate", "swapped gate", "stack")
+        single, uniform, rerouted, stacked = (str(beside.get((name, other), "")) for other in others)
         shown = [
             each.told(figure) for figure in ("ndcg10", "swapped_gate", "swapped", "entropy", "information", "cosine")
         ]
         numbers = [each.told(figure, 0) for figure in ("numbers", "cpu_s")]
-        lines.append([split.name, name, each.told("auc"), each.told("log_loss"), single, each.told("stacked"), stacked,
-                      *shown, *numbers])  # fmt: skip
+        lines.append([split.name, name, each.told("auc"), each.told("log_loss"), single, uniform, rerouted,
+                      each.told("stacked"), stacked, *shown, *numbers])  # fmt: skip
     return lines
 
 

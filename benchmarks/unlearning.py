@@ -3,7 +3,7 @@
     python -m benchmarks.unlearning [--texts FOLDER] [--images FILE.npz] [--cache FOLDER] [--seeds 1]
         [--courses texts few-shot missing] [--methods GS-LoRA SCRUB ...] [--requests 5] [--on test]
         [--base-rows 100] [--epochs 4] [--forget 20] [--replay 4] [--asked N] [--retrained 0] [--attacks]
-        [--set rate=1e-3 prototype_forget=1 ...]
+        [--set rate=1e-3 ...] [--own "GS-LoRA++:prototype_forget=3" SCRUB:rate=1e-4 ...] [--factors 0.3 1 3]
 
 - texts: MiniLM on CLINC150 (a folder with data_full.json.gz and domains.json.gz); the domains work, travel, home and
   banking are forgotten, then single intents.
@@ -12,7 +12,9 @@
 
 Every method gets the same rows and the same number of steps. `--on validation` is for choosing settings.
 `--retrained N` trains N classifiers without the requests' rows on all the others: seconds against those of a request,
-and what LiRA compares with. `--attacks` probes the last classifier. `--set` changes settings of every GS-LoRA.
+and what LiRA compares with. `--attacks` probes the last classifier. `--set` changes settings of every GS-LoRA, `--own`
+those of one method. `--factors` tries so many times every method's own rate, with seed 0 and the first request, and
+keeps the one with the best H on validation rows.
 """
 
 import argparse
@@ -65,6 +67,7 @@ class Course:
     make: Callable[[int], Classifier]
     train: Rows
     unseen: Rows
+    validation: Rows
     sequence: tuple[tuple[int, ...], ...]
     sample: SampleConfig
     budget: BudgetConfig
@@ -109,6 +112,7 @@ def texts(chosen: argparse.Namespace) -> Course:
         lambda seed: text_classifier(ModelConfig(name="minilm", device="cpu"), classes=len(names), seed=seed),
         _at_most(splits.train, chosen.base_rows, classes=len(names)),
         _at_most(splits.test if chosen.on == "test" else splits.validation, chosen.asked, classes=len(names)),
+        _at_most(splits.validation, chosen.asked, classes=len(names)),
         (*whole, *single)[: chosen.requests],
         SampleConfig(forget=chosen.forget, replay=chosen.replay),
         BudgetConfig(epochs=chosen.epochs),
@@ -130,9 +134,10 @@ def images(chosen: argparse.Namespace, name: str) -> Course:
         lambda seed: image_classifier(VitConfig(side=splits.train.pixels.shape[2]), classes=classes, seed=seed),
         _at_most(splits.train, 1600, classes=classes),
         _at_most(splits.test if chosen.on == "test" else splits.validation, chosen.asked, classes=classes),
+        _at_most(splits.validation, chosen.asked, classes=classes),
         sequence[: chosen.requests],
         SampleConfig(forget=4, replay=4) if few else SampleConfig(forget=50, replay=50, missing=(0, 1)),
-        BudgetConfig(epochs=20, batch=8) if few else BudgetConfig(epochs=8, batch=32),
+        BudgetConfig(epochs=60, batch=8) if few else BudgetConfig(epochs=8, batch=32),
         FitConfig(epochs=6 if chosen.images else 25, batch=64, rate=2e-3, head_rate=2e-3),
         classes,
         GsLoraConfig(rate=4e-3),
@@ -157,20 +162,66 @@ def trained(course: Course, *, seed: int, cache: Path | None) -> Classifier:
     return classifier
 
 
-def methods(course: Course, settled: Mapping[str, object]) -> dict[str, Method]:
-    """Return all methods by name; `settled` are settings of the command line, which win."""
-    variants: dict[str, dict[str, object]] = {
-        "GS-LoRA": {},
-        "GS-LoRA++": {"prototypes": True, **course.plus},
-        "plain LoRA": {"sparsity": 0.0},
-        "GS-LoRA subgradient": {"structure": "subgradient", "sparsity": 0.01},
-    }
-    usual = course.gs.model_dump()
-    gs = {
-        name: GsLora(GsLoraConfig.model_validate({**usual, **changes, **settled}), name=name)
-        for name, changes in variants.items()
-    }
-    return gs | {name: baseline(name) for name in (*OBJECTIVES, "retrain")}
+VARIANTS: Mapping[str, Mapping[str, object]] = {
+    "GS-LoRA": {},
+    "GS-LoRA++": {"prototypes": True},
+    "plain LoRA": {"sparsity": 0.0},
+    "GS-LoRA subgradient": {"structure": "subgradient", "sparsity": 0.01},
+}
+NAMES = (*VARIANTS, *OBJECTIVES, "retrain")
+Own = Mapping[str, Mapping[str, str]]
+
+
+def method(
+    course: Course, name: str, *, settled: Mapping[str, object], own: Mapping[str, str], factor: float
+) -> Method:
+    """Return a method; `settled` are settings of every GS-LoRA, `own` those of this method, which win.
+
+    `factor` is of its rate. Raises DataError for a method or a setting that does not exist.
+    """
+    if name in VARIANTS:
+        usual = course.gs.model_dump() | dict(VARIANTS[name]) | (dict(course.plus) if name == "GS-LoRA++" else {})
+        config = GsLoraConfig.model_validate(usual | dict(settled) | dict(own))
+        return GsLora(config.model_copy(update={"rate": config.rate * factor}), name=name)
+    if name not in NAMES:
+        raise DataError(f"no method is called '{name}'{nearest(name, NAMES)}")
+    if set(own) - {"rate"}:
+        raise DataError(f"{name} has no setting '{min(set(own) - {'rate'})}' here; only rate")
+    usual_rate = FitConfig().rate if name == "retrain" else OBJECTIVES[name][1]
+    return baseline(name, rate=float(own.get("rate", usual_rate)) * factor)
+
+
+def own_of(entries: Sequence[str]) -> Own:
+    """Read `--own`."""
+    found: dict[str, dict[str, str]] = {}
+    for entry in entries:
+        name, _, setting = entry.partition(":")
+        key, _, value = setting.partition("=")
+        found.setdefault(name, {})[key] = value
+    return found
+
+
+def searched(course: Course, chosen: argparse.Namespace, names: Sequence[str]) -> dict[str, float]:
+    """Return for every method the factor of its rate with the best H after one request, on validation rows, seed 0."""
+    if not chosen.factors:
+        return dict.fromkeys(names, 1.0)
+    settled, own = dict(each.partition("=")[::2] for each in chosen.set), own_of(chosen.own)
+    classifier = trained(course, seed=0, cache=chosen.cache and Path(chosen.cache))
+    stream = asked(course, classifier, seed=0)[:1]
+    best = {}
+    for name in names:
+        tried = {}
+        for factor in chosen.factors:
+            each = method(course, name, settled=settled, own=own.get(name, {}), factor=factor)
+            report = run(
+                classifier, each, stream, unseen=course.validation, budget=course.budget, seed=0,
+                missing=course.sample.missing,
+            )  # fmt: skip
+            tried[factor] = report.mean_h
+        best[name] = max(tried, key=tried.__getitem__)
+        told = ", ".join(f"x {factor:g} {100 * h:.2f} %" for factor, h in tried.items())
+        print(f"{course.name}, rates of {name}, H on validation: {told}", flush=True)
+    return best
 
 
 def asked(course: Course, classifier: Classifier, *, seed: int) -> list[ClassRequest]:
@@ -185,12 +236,11 @@ def asked(course: Course, classifier: Classifier, *, seed: int) -> list[ClassReq
 
 def measured(course: Course, chosen: argparse.Namespace, lines: list[list[str]]) -> dict[str, Found]:
     """Run every method with every seed."""
-    found: dict[str, Found] = {}
-    known = methods(course, dict(each.partition("=")[::2] for each in chosen.set))
-    for name in chosen.methods or known:
-        if name not in known:
-            raise DataError(f"no method is called '{name}'{nearest(name, known)}")
-        found[name] = Found()
+    settled, own = dict(each.partition("=")[::2] for each in chosen.set), own_of(chosen.own)
+    factors = searched(course, chosen, chosen.methods or NAMES)
+    known = {name: method(course, name, settled=settled, own=own.get(name, {}), factor=factor)
+             for name, factor in factors.items()}  # fmt: skip
+    found = {name: Found() for name in known}
     for seed in range(chosen.seeds):
         classifier = trained(course, seed=seed, cache=chosen.cache and Path(chosen.cache))
         stream = asked(course, classifier, seed=seed)
@@ -301,6 +351,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--courses", nargs="+", choices=COURSES, default=COURSES)
     parser.add_argument("--methods", nargs="+", help="default: all")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of every GS-LoRA")
+    parser.add_argument("--own", nargs="+", default=[], metavar="METHOD:KEY=VALUE", help="settings of one method")
+    parser.add_argument(
+        "--factors", nargs="+", type=float, default=[], help="times every method's rate, to choose from"
+    )
     parser.add_argument("--on", choices=("test", "validation"), default="test", help="what accuracy is measured on")
     parser.add_argument("--attacks", action="store_true", help="probe, relearn and infer membership at the end")
     numbers = {"seeds": 1, "requests": 6, "base-rows": 100, "epochs": 4, "forget": 20, "replay": 4, "retrained": 0}
@@ -319,7 +373,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (LetheError, ValidationError) as error:
         raise SystemExit(f"error: {error}") from None
     about = {key: value for key, value in vars(chosen).items() if key not in ("texts", "images", "cache")}
-    publish("unlearning", figures=figures(found, lines), rows=lines, about=settings(**about))
+    publish("unlearning", figures=figures(found, lines), rows=lines, about=settings(**about), part=" ".join(found))
 
 
 if __name__ == "__main__":

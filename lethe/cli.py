@@ -100,6 +100,27 @@ def personalize(recipe: Recipe, overrides: Overrides = None, quiet: Quiet = Fals
 
 
 @app.command()
+def serve(
+    run: Annotated[
+        str | None, typer.Option("--run", help="A finished personal run (runs/NAME, or its name); else a demo.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen at.", min=1, max=65535)] = 8420,
+    data: Annotated[Path | None, typer.Option(help="Users, adapters, registry; else `service` in the run.")] = None,
+    registry: Annotated[
+        str | None, typer.Option(envvar="LETHE_REGISTRY", help="A database's URL; else SQLite in the data directory.")
+    ] = None,
+) -> None:
+    """Serve every user's own adapter over HTTP; with no arguments, a built-in demo."""
+    from lethe.record import find_run
+    from lethe.serve import Place
+    from lethe.serve import serve as start
+
+    place = Place(host, port, data, registry)
+    start(None if run is None else find_run(run), place, say=typer.echo)
+
+
+@app.command()
 def resume(run: Run, quiet: Quiet = False) -> None:
     """Go on with a run that was interrupted, from its last checkpoint."""
     from lethe.config import load_run_file, read_kind

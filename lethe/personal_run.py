@@ -11,6 +11,7 @@ from lethe.config import PersonalRun
 from lethe.directory import METRICS, REPORT, SUMMARY, check_free, new_directory
 from lethe.progress import Progress
 from lethe.report import write_report
+from lethe.served_run import BASE, keep_recommenders
 from strategies.personal.comparison import (
     RECLORA,
     RECOMMENDER,
@@ -33,7 +34,7 @@ from tasks.recommendation.interactions import Interactions
 from tasks.recommendation.reader import save_reader
 from tasks.recommendation.splits import SPLITS, Split
 
-ADAPTER, BASE = "adapter", "base"
+ADAPTER = "adapter"
 _PAIRS = ((RECLORA, SINGLE), (RECLORA, RECOMMENDER), (STACK_WITH, STACK))
 _SHOWN = 1000
 """Test rows over which the mean weights of all users are taken."""
@@ -124,6 +125,8 @@ class _Playing:
         if index == 0 and world.base.reference == "reader":
             kept = save_reader(world.base, self.directory / BASE)
             world = replace(world, base=replace(world.base, reference=str(kept)))
+        if index == 0:
+            keep_recommenders(world, self.directory)
         arms = self.comparison.run(world, ready.personal, run.adapter, listen=self._done)
         if index == 0:
             self._show(arms)

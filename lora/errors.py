@@ -11,7 +11,12 @@
     ├── RunError             a run directory cannot be used
     │   └── CheckpointError  a checkpoint is missing, damaged or of another config
     ├── FederationError      too few clients are left to go on
-    └── DeploymentError      a process of a deployment cannot be started or reached, or a submitted run failed
+    ├── DeploymentError      a process of a deployment cannot be started or reached, or a submitted run failed
+    └── ServiceError         a request that the personalisation service cannot answer
+        ├── Busy             too much is waiting already; the same request succeeds later
+        ├── Denied           the caller may not ask this
+        ├── Unavailable      what the service stands on, such as its database, does not answer
+        └── Unknown          a user, adapter, model or request that is not there
 
 A message states the value, the limit and the remedy, in the spelling of the run file.
 """
@@ -66,6 +71,30 @@ class FederationError(LetheError):
 
 class DeploymentError(LetheError):
     """A process of a deployment cannot be started or reached, or a submitted run failed."""
+
+
+class ServiceError(LetheError):
+    """A request that the personalisation service cannot answer."""
+
+
+class Busy(ServiceError):
+    """Too much is waiting already; the same request succeeds after `retry_after` seconds."""
+
+    def __init__(self, message: str, *, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class Denied(ServiceError):
+    """The caller may not ask this."""
+
+
+class Unavailable(ServiceError):
+    """What the service stands on does not answer; the same request succeeds once it is back."""
+
+
+class Unknown(ServiceError):
+    """A user, adapter, model or request that is not there."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -18,9 +18,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lethe import serving_demo
 from lethe.cli import main
 from lethe.config import PersonalRun, load_any, load_run_file, recipes
 from lethe.progress import Progress
+from tasks.recommendation.reader import ReaderSettings
 from tests.ratings import LITTLE, first_users, write_ratings
 
 ROOT = Path(__file__).parents[1]
@@ -51,7 +53,7 @@ def of_kind(kind: str) -> list[str]:
 
 
 # Those of a deployment start processes: tests/deployment/test_readme_commands.py runs them.
-LOCAL = [each for each in of_kind("lethe") if "$" not in each and not each.startswith("lethe deploy")]
+LOCAL = [each for each in of_kind("lethe") if "$" not in each and not each.startswith(("lethe deploy", "lethe serve"))]
 WITH_DATA = [command for command in of_kind("lethe") if "$" in command]
 
 
@@ -145,6 +147,20 @@ def test_a_command_succeeds_and_says_something(command: str, here: Path, capsys:
     shown = lethe(command, capsys)
     assert shown.code == 0
     assert shown.text.strip()
+
+
+@pytest.mark.parametrize("command", [each for each in of_kind("lethe") if each.startswith("lethe serve")])
+def test_serving_announces_itself(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The demo at full size but for its decoder; what it then answers is in tests/lethe/test_serve.py."""
+    monkeypatch.setenv("LETHE_CACHE", str(tmp_path))
+    small = ReaderSettings(vocabulary=400, width=16, layers=1, heads=2, hidden=24, epochs=1)
+    monkeypatch.setattr(serving_demo, "_READER", small)
+    monkeypatch.setattr("uvicorn.Server.run", lambda server: None)
+    shown = lethe(command, capsys)
+    assert shown.code == 0
+    assert "serving 120 users at http://127.0.0.1:8420" in shown.text and "Authorization: Bearer lethe_" in shown.text
 
 
 def test_resume_finishes_what_was_interrupted(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

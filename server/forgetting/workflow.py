@@ -18,6 +18,7 @@ QUEUE = "forget requests"
 DATABASE = "requests.sqlite"
 _POLL = 0.05
 _RARELY = 3600.0
+_NOTED = 10
 
 log = logging.getLogger("lethe.forgetting")
 
@@ -67,7 +68,9 @@ class Worker:
 
     def close(self) -> None:
         """Stop taking up requests; a step that runs is left to end with the process."""
-        DBOS.destroy(workflow_completion_timeout_sec=0)
+        # What is done is noted by dbos a moment later; nothing is to write to the store when it is given up.
+        idle = not self.stage.store.unfinished()
+        DBOS.destroy(workflow_completion_timeout_sec=_NOTED if idle else 0)
         Worker.now = None
 
     def carry_out(self, request: RequestFile, step: Callable[[str, Callable[[], str | None]], str | None]) -> None:

@@ -32,6 +32,8 @@ class Found:
     figures: dict[str, list[float]] = field(default_factory=dict)
     logits: list[Floats] = field(default_factory=list)
     stacked: list[Floats] = field(default_factory=list)
+    rerouted: list[Floats] = field(default_factory=list)
+    """Log odds with another user's gate."""
 
     def add(self, **values: float) -> None:
         """Note figures of one seed."""

@@ -115,9 +115,9 @@ class StoredUsers:
         """Return the files below the directory that hold any of the pieces, but for what forgetting itself keeps."""
         found = []
         for path in sorted(self.directory.rglob("*")):
-            if path.is_file() and "forgetting" not in path.relative_to(self.directory).parts:
-                data = path.read_bytes()
-                found += [str(path.relative_to(self.directory))] if any(piece in data for piece in pieces) else []
+            inside = path.relative_to(self.directory)
+            if path.is_file() and "forgetting" not in inside.parts and _holds(path, pieces):
+                found.append(str(inside))
         return found
 
     def _finish(self) -> None:
@@ -131,6 +131,15 @@ class StoredUsers:
 def is_users(directory: Path) -> bool:
     """Whether `LifelongUsers` keeps its files here."""
     return (directory / EVENTS).is_file() and (directory / SLOTS / INDEX).is_file()
+
+
+def _holds(path: Path, pieces: list[bytes]) -> bool:
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        # A journal that has gone since holds nothing.
+        return False
+    return any(piece in data for piece in pieces)
 
 
 def _noted(path: Path, key: str) -> object:

@@ -6,7 +6,8 @@ slot follow from it, so a user can be brought up to date alone, at any time, and
 
 import hashlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -173,6 +174,31 @@ answer to a representation without events |
                 group=items.shape[1],
             )
         return found.reshape(items.shape)
+
+    @contextmanager
+    def steady(self) -> Iterator[None]:
+        """Keep everybody as they are: what is asked inside is of one instant, and whatever would change it waits."""
+        with self._lock:
+            yield
+
+    def shortlist(self, users: Sequence[str | None], count: int) -> list[Ints]:
+        """Return for every user the places of `count` items or fewer: not rated yet, those first that the recommender
+        likes best (in the catalogue's order, where no recommender scores). Raises DataError for an unknown user.
+        """
+        if not users:
+            return []
+        with self._lock:
+            log, _, rows = self._read(users)
+        everything = np.tile(np.arange(len(self._places)), (len(users), 1))
+        asked = _from(log, ends=np.append(log.starts[1:-1], log.starts[-2])).take(rows).about(everything)
+        scorer, odds = self.personal.asking.scorer, np.zeros(everything.shape)
+        if scorer is not None:
+            odds = scorer.logits(log, asked).reshape(everything.shape).copy()
+        for row, place in enumerate(rows):
+            if users[row] is not None:
+                odds[row, log.items[log.starts[place] : log.starts[place + 1]]] = -np.inf
+        order = np.argsort(-odds, axis=1, kind="stable")[:, :count]
+        return [best[np.isfinite(own[best])] for best, own in zip(order, odds, strict=True)]
 
     def _read(self, users: Sequence[str | None]) -> tuple[Interactions, Tensor, Ints]:
         """Return histories and slots of distinct users, the cold start last, and where each of `users` stands."""

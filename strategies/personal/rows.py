@@ -8,7 +8,7 @@ import fcntl
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +21,8 @@ from lora.errors import RunError
 INDEX, NUMBERS = "index.sqlite", "rows.f32"
 FIRST = 64
 """Rows that a new file has room for; the room doubles from there."""
+Listener = Callable[[Sequence[str]], None]
+"""Called with the names that were replaced or removed."""
 
 
 class Numbers(Protocol):
@@ -122,6 +124,7 @@ class NamedRows:
         """
         self.width, self.directory = width, directory
         self._lock = threading.RLock()
+        self._listeners: list[Listener] = []
         self._held = _hold(directory)
         try:
             path = ":memory:" if directory is None else str(directory / INDEX)
@@ -183,6 +186,7 @@ class NamedRows:
                 raise self._full(error.strerror) from error
             except sqlite3.OperationalError as error:
                 raise self._full(str(error)) from error
+            self._tell(names)
             self._clear()
             return version
 
@@ -197,7 +201,17 @@ class NamedRows:
                     self._index.execute("INSERT OR REPLACE INTO about VALUES ('stale', 1)")
             except sqlite3.OperationalError as error:
                 raise self._full(str(error)) from error
+            self._tell(names)
             self._clear()
+
+    def listen(self, listener: Listener) -> None:
+        """Have names told that are replaced or removed, before the call that does it returns: their copies are old."""
+        with self._lock:
+            self._listeners.append(listener)
+
+    def _tell(self, names: Sequence[str]) -> None:
+        for listener in self._listeners:
+            listener(names)
 
     def close(self) -> None:
         """Close the files; the object is of no use afterwards."""

@@ -107,7 +107,9 @@ class Detectors:
     """The detectors of all requests, which share features and are asked at once."""
 
     each: Sequence[Detector]
+    thresholds: Tensor = field(init=False, repr=False)
     _stacked: tuple[StackedStatistics, ...] = field(init=False, repr=False)
+    _weights: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         layers = {detector.layers for detector in self.each}
@@ -115,6 +117,8 @@ class Detectors:
             raise DataError(f"detectors of one pass read the same layers, not {sorted(layers)}; make them anew")
         columns = zip(*(detector.statistics for detector in self.each), strict=True)
         object.__setattr__(self, "_stacked", tuple(StackedStatistics.of(list(column)) for column in columns))
+        object.__setattr__(self, "_weights", torch.stack([detector.weights for detector in self.each]))
+        object.__setattr__(self, "thresholds", torch.tensor([each.threshold for each in self.each]).double())
 
     def __len__(self) -> int:
         return len(self.each)
@@ -125,8 +129,7 @@ class Detectors:
 
     def distances(self, features: Tensor) -> Tensor:
         """Return the distance of every row to every request, `[rows, requests]`; it rises with distance."""
-        weights = torch.stack([detector.weights for detector in self.each])
-        return (self.terms(features).double() * weights).sum((2, 3))
+        return (self.terms(features).double() * self._weights).sum((2, 3))
 
 
 def fit_detector(

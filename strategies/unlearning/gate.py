@@ -16,7 +16,7 @@ from lora.gate import Gate
 from lora.model import AdaptedModel
 from lora.overlay import Overlay
 from lora.recompute import block_names
-from strategies.unlearning.detector import Detector, Detectors
+from strategies.unlearning.detector import Detectors
 from strategies.unlearning.encoder import SharedEncoder, masked_mean
 from tasks.learner import Answers, Learner
 from tasks.tokens import Batch
@@ -24,23 +24,24 @@ from tasks.tokens import Batch
 Weighting = Literal["hard", "soft", "cut", "always"]
 
 
-def _hard(detector: Detector, distance: Tensor) -> Tensor:
-    return (distance <= detector.threshold).double()
+def _hard(detectors: Detectors, distances: Tensor) -> Tensor:
+    return (distances <= detectors.thresholds.to(distances)).double()
 
 
-def _soft(detector: Detector, distance: Tensor) -> Tensor:
-    return detector.weight(distance)
+def _soft(detectors: Detectors, distances: Tensor, *, one_sided: bool = False) -> Tensor:
+    columns = zip(detectors.each, distances.unbind(1), strict=True)
+    return torch.stack([detector.weight(distance, one_sided=one_sided) for detector, distance in columns], dim=1)
 
 
-def _cut(detector: Detector, distance: Tensor) -> Tensor:
-    return detector.weight(distance, one_sided=True) * (distance <= detector.threshold)
+def _cut(detectors: Detectors, distances: Tensor) -> Tensor:
+    return _soft(detectors, distances, one_sided=True) * _hard(detectors, distances)
 
 
-def _always(detector: Detector, distance: Tensor) -> Tensor:
-    return torch.ones_like(distance)
+def _always(_: Detectors, distances: Tensor) -> Tensor:
+    return torch.ones_like(distances)
 
 
-WEIGHTINGS: dict[str, Callable[[Detector, Tensor], Tensor]] = {
+WEIGHTINGS: dict[str, Callable[[Detectors, Tensor], Tensor]] = {
     "hard": _hard,
     "soft": _soft,
     "cut": _cut,
@@ -79,10 +80,7 @@ class ForgettingGate:
 
     def weights(self, features: Tensor) -> Tensor:
         """Return the weight of every request for every row, `[rows, requests]`, of features `[rows, layers, d]`."""
-        distances = self.detectors.distances(features)
-        weigh = WEIGHTINGS[self.weighting]
-        columns = [weigh(detector, distances[:, place]) for place, detector in enumerate(self.detectors.each)]
-        return torch.stack(columns, dim=1).float()
+        return WEIGHTINGS[self.weighting](self.detectors, self.detectors.distances(features)).float()
 
     def mixture(self, features: Tensor) -> Gate:
         """Return the gate over the slots."""
@@ -113,6 +111,7 @@ class GatedLearner:
 class _Pending:
     """An overlay that is known only after the lower layers of the very pass that it is added to."""
 
+    owner: "SamePass"
     mask: Tensor | None
     features: dict[int, Tensor] = field(default_factory=dict)
     overlay: Overlay | None = None
@@ -144,7 +143,7 @@ class SamePass:
     def answers(self, values: Tensor, batch: Batch) -> Answers:
         """Answer a batch in one pass: detect below, mix above."""
         batch = batch.to(self.learner.device)
-        return self.learner.answers(values, batch, overlay=_Pending(batch.mask))
+        return self.learner.answers(values, batch, overlay=_Pending(self, batch.mask))
 
     def close(self) -> None:
         """Take the hooks away."""
@@ -155,7 +154,7 @@ class SamePass:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             bound = self._binding.now
             pending = None if bound is None else bound.overlay
-            if isinstance(pending, _Pending):
+            if isinstance(pending, _Pending) and pending.owner is self:
                 states = output if isinstance(output, Tensor) else output[0]
                 pending.features[layer] = masked_mean(states, pending.mask)
                 if len(pending.features) == len(self.layers):

@@ -5,7 +5,7 @@ small network, no softmax, empty places masked by multiplication. Fed with event
 instead of the latest ones it is what that paper calls SIM.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -96,6 +96,8 @@ class Din:
     def __init__(self, settings: DinSettings | None = None, *, chosen: Chosen | None = None, name: str = "DIN") -> None:
         self.settings = settings or DinSettings()
         self.name = name
+        self.retrieves = chosen is not None
+        """Whether it reads other events than the latest."""
         self._chosen = chosen or self._latest
         self._network: DinNetwork | None = None
         self._mean = 0.5
@@ -128,6 +130,16 @@ class Din:
             return log_loss(log.likes[split.validation], self.logits(log, held))
 
         kept_best(network, epoch, check, epochs=settings.epochs, patience=settings.patience)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what was learned."""
+        return {**self._learned().state_dict(), "mean": torch.tensor(self._mean, dtype=torch.float64)}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take what was learned before."""
+        network = DinNetwork(self.settings, items=len(state["items.weight"]))
+        network.load_state_dict({name: value for name, value in state.items() if name != "mean"})
+        self._network, self._mean = network.eval(), float(state["mean"])
 
     def logits(self, log: Interactions, queries: Queries) -> Floats:
         """Return the log odds of a like."""

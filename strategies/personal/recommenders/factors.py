@@ -4,6 +4,7 @@ Item biases and factors are learned on training rows; a user's bias and factors 
 the likelihood of the last events. With no factors this is item bias plus recent user level.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -99,6 +100,16 @@ class FoldedFactors:
     def _keep(self, tables: _Tables, length: int, ridge: float) -> None:
         self._items, self._mean = tables.items.detach(), float(tables.mean)
         self._length, self._ridge = length, ridge
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what was learned."""
+        numbers = (self._mean, float(self._length), self._ridge)
+        return {"items": self._learned(), "numbers": torch.tensor(numbers, dtype=torch.float64)}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take what was learned before."""
+        mean, length, ridge = state["numbers"].tolist()
+        self._items, self._mean, self._length, self._ridge = state["items"], mean, int(length), ridge
 
     def _loss(self, log: Interactions, split: Split) -> float:
         held = split.validation

@@ -5,6 +5,7 @@ every event; a query reads the state after the last strictly earlier event. Even
 in the row order and are never attended to.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -198,6 +199,16 @@ class Sasrec:
             for i in range(0, len(queries), 512)
         ]
         return float(sum(parts)) / len(queries)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what was learned."""
+        return {**self._learned().state_dict(), "mean": torch.tensor(self._mean, dtype=torch.float64)}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take what was learned before."""
+        network = SasrecNetwork(self.settings, items=len(state["items.weight"]))
+        network.load_state_dict({name: value for name, value in state.items() if name != "mean"})
+        self._network, self._mean = network.eval(), float(state["mean"])
 
     def logits(self, log: Interactions, queries: Queries) -> Floats:
         """Return log odds of a like, or scores as the next item."""

@@ -1,6 +1,7 @@
 """The gate: weights, requests beside users in one batch, and detection in the same pass."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -121,9 +122,8 @@ def test_with_the_carried_adapter_any_hit_loads_everything(
 
 def test_no_hit_costs_no_overlay(gate: ForgettingGate) -> None:
     far = torch.nn.functional.normalize(-torch.stack([torch.ones(2, 32)] * 3), dim=2)
-    for each in gate.detectors.each:
-        object.__setattr__(each, "threshold", -1e9)
-    assert gate.overlay(far) is None
+    strict = Detectors([replace(each, threshold=-1e9) for each in gate.detectors.each])
+    assert replace(gate, detectors=strict).overlay(far) is None
 
 
 @pytest.mark.parametrize("users_count", [0, 3])

@@ -1,0 +1,265 @@
+"""A small causal model that has learned TOFU's fictitious authors by heart, and questions to it through slots."""
+
+import gzip
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lora.config import AdapterConfig
+from lora.gate import Gate
+from lora.model import AdaptedModel
+from lora.overlay import Overlay
+from strategies.unlearning.encoder import SharedEncoder
+from strategies.unlearning.gate import ForgettingGate
+from tasks.config import ModelConfig, TaskConfig
+from tasks.examples import Examples
+from tasks.learner import Learner, build_learner
+from tasks.models import load_base
+from tasks.tokens import IGNORED, Tokens, collate, tokenize_causal, tokenize_classification
+
+VOCABULARY = 4096
+WIDTH = 192
+LAYERS = 3
+LONGEST = 192
+ANSWER = 80
+"""Tokens that an answer may have."""
+
+
+def prompt(question: str) -> str:
+    """Return what the model is asked."""
+    return f"Question: {question}\nAnswer:"
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Questions and answers of authors, with the paraphrased and the wrong answers of those to be forgotten."""
+
+    questions: tuple[str, ...]
+    answers: tuple[str, ...]
+    authors: tuple[int, ...]
+    paraphrased: tuple[str, ...] = ()
+    wrong: tuple[tuple[str, ...], ...] = ()
+    other_questions: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def take(self, rows: Sequence[int]) -> "Pairs":
+        """Return some rows."""
+        columns = (self.questions, self.answers, self.authors, self.paraphrased, self.wrong, self.other_questions)
+        return Pairs(*(tuple(column[row] for row in rows) if column else () for column in columns))  # type: ignore[arg-type]
+
+    @property
+    def examples(self) -> Examples:
+        """Prompts and answers."""
+        return Examples(self.answers, prompts=tuple(map(prompt, self.questions)))
+
+    @property
+    def asked(self) -> Examples:
+        """Questions with their authors: what detectors see."""
+        return Examples(self.questions, self.authors)
+
+
+def read(folder: Path) -> tuple[Pairs, list[Pairs]]:
+    """Return the pairs that stay and those of the three requests: forget01, the rest of 05, the rest of 10."""
+    rest = _pairs(_lines(folder, "retain90"), first=0)
+    whole = _pairs(_lines(folder, "forget10"), first=len(rest) // 20)
+    seen: set[str] = set()
+    requests = []
+    for name in ("forget01", "forget05", "forget10"):
+        wanted = {row["question"] for row in _lines(folder, name)} - seen
+        seen |= wanted
+        requests.append(whole.take([row for row, question in enumerate(whole.questions) if question in wanted]))
+    return rest, requests
+
+
+def _lines(folder: Path, name: str) -> list[dict[str, Any]]:
+    with gzip.open(folder / f"{name}.jsonl.gz", "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def _pairs(rows: Sequence[dict[str, Any]], *, first: int) -> Pairs:
+    def column(name: str) -> tuple[Any, ...]:
+        return tuple(row[name] for row in rows) if name in rows[0] else ()
+
+    authors = tuple(first + place // 20 for place in range(len(rows)))
+    wrong = tuple(tuple(each) for each in column("perturbed_answer"))
+    return Pairs(
+        column("question"), column("answer"), authors, column("paraphrased_answer"), wrong,
+        column("paraphrased_question"),
+    )  # fmt: skip
+
+
+@dataclass
+class World:
+    """The model before any request and the detectors' encoder."""
+
+    learner: Learner
+    encoder: SharedEncoder
+    tokenizer: Any
+    """The encoder's."""
+    training_s: float
+
+    def features(self, questions: Sequence[str]) -> Tensor:
+        """Return the encoder's features of questions, in their order."""
+        tokens = tokenize_classification(Examples(tuple(questions)), self.tokenizer, max_length=64)
+        order = tokens.lengths.argsort(kind="stable")
+        chunks = [order[start : start + 128] for start in range(0, len(order), 128)]
+        batches = (collate([(tokens, int(row)) for row in chunk], pad=self.encoder.pad) for chunk in chunks)
+        found = torch.cat([self.encoder.features(batch) for batch in batches])
+        return found[torch.from_numpy(order.argsort())]
+
+
+def made_world(folder: Path, pairs: Pairs, *, name: str, epochs: int, seed: int, texts: Sequence[str]) -> World:
+    """Train the model on pairs, or take it from the folder; `texts` are what the tokenizer is made of."""
+    place = folder / f"tofu-{name}-{epochs}-{seed}"
+    if not (place / "seconds").is_file():
+        _train(place, pairs, texts, epochs=epochs, seed=seed)
+    config = ModelConfig(path=str(place), device="cpu", dtype="float32")
+    task = TaskConfig(kind="causal-lm", max_length=LONGEST)
+    learner = build_learner(config, task, AdapterConfig(rank=8, targets="all"), labels=(), trains_frame=False)
+    base = load_base(ModelConfig(name="minilm", device="cpu", dtype="float32"), causal=False)
+    adapted = AdaptedModel.attach(base.model, AdapterConfig(rank=8))
+    encoder = SharedEncoder(adapted, layers=(6,), pad=int(base.tokenizer.pad_token_id))
+    return World(learner, encoder, base.tokenizer, float((place / "seconds").read_text()))
+
+
+def _tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<pad>", "<end>"], initial_alphabet=alphabet)
+    )
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=made, pad_token="<pad>", eos_token="<end>"
+    )
+
+
+def _train(place: Path, pairs: Pairs, texts: Sequence[str], *, epochs: int, seed: int) -> None:
+    begun = time.process_time()
+    torch.manual_seed(seed)
+    tokenizer = _tokenizer(texts)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=8 * WIDTH // 3, num_hidden_layers=LAYERS,
+        num_attention_heads=6, max_position_embeddings=LONGEST, tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+    ))  # fmt: skip
+    tokens = tokenize_causal(pairs.examples, tokenizer, max_length=LONGEST)
+    lots = list(_lots(tokens, epochs=epochs, seed=seed))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=len(lots), pct_start=0.05)
+    for number, lot in enumerate(lots):
+        batch = collate([(tokens, int(row)) for row in lot], pad=int(tokenizer.pad_token_id))
+        labels = batch.input_ids if batch.mask is None else batch.input_ids.masked_fill(batch.mask == 0, IGNORED)
+        loss = model(input_ids=batch.input_ids, labels=labels, use_cache=False).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if number % (len(lots) // epochs) == 0:
+            seconds = time.process_time() - begun
+            print(
+                f"{place.name}: step {number} of {len(lots)}, loss {float(loss):.3f}, CPU {seconds:.0f} s", flush=True
+            )
+    model.save_pretrained(place)
+    tokenizer.save_pretrained(place)
+    (place / "seconds").write_text(str(time.process_time() - begun))
+
+
+def _lots(tokens: Tokens, *, epochs: int, seed: int, size: int = 16) -> Iterator[np.ndarray[Any, Any]]:
+    """Yield lots of rows of like length, in a new order in every epoch."""
+    source = np.random.default_rng(seed)
+    for _ in range(epochs):
+        order = (tokens.lengths + source.uniform(0, 8, len(tokens))).argsort()
+        lots = [order[start : start + size] for start in range(0, len(order), size)]
+        yield from (lots[place] for place in source.permutation(len(lots)))
+
+
+Weights = Tensor | None
+
+
+def _overlay(gate: ForgettingGate | None, weights: Weights, rows: Sequence[int]) -> Overlay | None:
+    if gate is None or weights is None:
+        return None
+    return Overlay.of(gate.slots, Gate.mixture(weights[torch.as_tensor(rows)]))
+
+
+@torch.no_grad()
+def likelihoods(world: World, examples: Examples, gate: ForgettingGate | None, weights: Weights) -> Tensor:
+    """Return every row's likelihood of its answer, p(answer | question) ^ (1 / tokens)."""
+    learner = world.learner
+    tokens = learner.task.tokenize(examples)
+    found = torch.zeros(len(tokens))
+    for rows, batch in learner.batches([(tokens, row) for row in range(len(tokens))]):
+        answers = learner.answers(learner.start(), batch, overlay=_overlay(gate, weights, rows.tolist()))
+        found[torch.from_numpy(rows)] = torch.exp(-answers.loss)
+    return found
+
+
+@torch.no_grad()
+def said(world: World, questions: Sequence[str], gate: ForgettingGate | None, weights: Weights) -> list[str | None]:
+    """Return the greedy answer to every question, None where it does not end within `ANSWER` tokens."""
+    learner, tokenizer = world.learner, world.learner.base.tokenizer
+    views = learner.layout.views(learner.start())
+    ids = [tokenizer(prompt(question), add_special_tokens=True)["input_ids"] for question in questions]
+    found: list[str | None] = [None] * len(ids)
+    lengths = sorted({len(each) for each in ids})
+    for length in lengths:
+        rows = [row for row, each in enumerate(ids) if len(each) == length]
+        with learner.adapted.bound(views, overlay=_overlay(gate, weights, rows)) as base:
+            given = torch.tensor([ids[row] for row in rows])
+            made = base.generate(  # type: ignore[operator]
+                input_ids=given, attention_mask=torch.ones_like(given), max_new_tokens=ANSWER, do_sample=False,
+                use_cache=True, pad_token_id=learner.pad, eos_token_id=int(tokenizer.eos_token_id),
+            )  # fmt: skip
+        for row, answer in zip(rows, made[:, length:].tolist(), strict=True):
+            if tokenizer.eos_token_id in answer:
+                found[row] = tokenizer.decode(answer[: answer.index(tokenizer.eos_token_id)]).strip()
+    return found
+
+
+def recall(reference: str, candidate: str | None) -> float:
+    """Return ROUGE-L recall by words in lower case: the longest common subsequence over the reference's words."""
+    wanted, given = _words(reference), _words(candidate or "")
+    longest = [0] * (len(given) + 1)
+    for word in wanted:
+        before = 0
+        for place, other in enumerate(given, start=1):
+            above = longest[place]
+            longest[place] = before + 1 if word == other else max(above, longest[place - 1])
+            before = above
+    return longest[-1] / max(1, len(wanted))
+
+
+def _words(text: str) -> list[str]:
+    return "".join(letter if letter.isalnum() else " " for letter in text.lower()).split()
+
+
+def truth_ratios(world: World, pairs: Pairs, gate: ForgettingGate | None, weights: Weights) -> np.ndarray[Any, Any]:
+    """Return TOFU's truth ratio of every row: mean likelihood of its wrong answers over that of its paraphrased one."""
+    prompts = tuple(map(prompt, pairs.questions))
+    right = likelihoods(world, Examples(pairs.paraphrased, prompts=prompts), gate, weights)
+    wrong = [
+        likelihoods(world, Examples(tuple(each[place] for each in pairs.wrong), prompts=prompts), gate, weights)
+        for place in range(min(map(len, pairs.wrong)))
+    ]
+    ratios: np.ndarray[Any, Any] = (torch.stack(wrong).mean(0) / right.clamp(min=math.ulp(1.0))).numpy()
+    return ratios
+
+
+def losses_of(likelihood: Tensor) -> Tensor:
+    """Return nats a token."""
+    return -likelihood.clamp(min=torch.finfo(torch.float32).tiny).log()

@@ -1,0 +1,227 @@
+"""What the gates of forget requests cost at inference: none, 1, 10 and 100 requests, in a pass of their own and not.
+
+    python -m benchmarks.gate_costs --data FOLDER [--cache FOLDER] [--requests 1 10 100] [--hits 4] [--rounds 40]
+
+FOLDER holds `data_full.json.gz` and `domains.json.gz` of CLINC150. The model is that of `benchmarks.gated`; a request
+is one intent, its detector made of the intent's training queries, its slot of rank 8 filled with random numbers (they
+change no time). A batch is 32 test queries, `--hits` of which the gate lets a slot answer, the rest of intents that
+nobody asked to forget; it is the same for every number of requests, so that only the gates differ.
+
+- none: the model with the users' slot, no gate. separate: features of a pass of the frozen encoder (MiniLM), then the
+  model's pass with slots of all its layers. same pass: detectors read layer `--layer` of the model's own pass,
+  slots are in the layers above.
+- Times are CPU seconds of one thread, the variants in turn, the order rotated; ratios are medians of rounds.
+- AUROC: each of the domains work, travel, home and banking against all other test queries and the out-of-scope ones,
+  by the separate pass and by the same one; nothing is chosen by it.
+- bytes: statistics and slot of one request, in memory.
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+
+from benchmarks.intents import DOMAINS, Corpus, World, made_world, taken
+from benchmarks.measure import interleaved, paired_ratio, publish, settings
+from lora.bank import Bank
+from lora.errors import LetheError
+from strategies.unlearning.audited_request import AuditedRequest
+from strategies.unlearning.detector import Detector, Detectors, DetectorSettings, detector_of, request_features
+from strategies.unlearning.encoder import SharedEncoder
+from strategies.unlearning.gate import ForgettingGate, GatedLearner, SamePass
+from strategies.unlearning.o3 import slot_layout
+from tasks.tokens import Batch, Tokens, collate
+
+ROWS = 32
+RANK = 8
+
+
+class Pass(NamedTuple):
+    """One way to detect: its encoder, the sites that slots adapt, and the detectors of all requests."""
+
+    encoder: SharedEncoder
+    sites: tuple[int, ...]
+    detectors: list[Detector]
+
+
+def detector(world: World, encoder: SharedEncoder, labels: Sequence[int]) -> Detector:
+    """Make the detector of a request for some intents."""
+    request = AuditedRequest(taken(world.corpus.train, world.corpus.rows(labels)), seed=world.seed)
+    tokens = request.tokens(world.learner.task)
+    used, held_back = (
+        request_features(encoder, request, tokens, rows, size=128) for rows in (request.used, request.held_back)
+    )
+    classes = torch.from_numpy(np.asarray(tokens.labels)[request.used])
+    return detector_of(used, classes, held_back, encoder=encoder, settings=DetectorSettings())
+
+
+def passes(world: World, requests: Sequence[tuple[int, ...]], *, layer: int) -> dict[str, Pass]:
+    """Make both ways."""
+    learner = world.learner
+    above = tuple(place for place, site in enumerate(learner.adapted.sites) if _block(site.name) >= layer)
+    factors = learner.layout.views(world.model)
+    found = {
+        "separate": (world.encoder, tuple(range(len(learner.adapted.sites)))),
+        "same pass": (SharedEncoder(learner.adapted, layers=(layer,), factors=factors, pad=learner.pad), above),
+    }
+    return {way: Pass(encoder, sites, [detector(world, encoder, labels) for labels in requests])
+            for way, (encoder, sites) in found.items()}  # fmt: skip
+
+
+def _block(name: str) -> int:
+    return next(int(part) for part in name.split(".") if part.isdigit())
+
+
+def slots(world: World, sites: Sequence[int], count: int) -> Bank:
+    """Return slots of random numbers, too small to change an answer much."""
+    layout = slot_layout([world.learner.adapted.sites[place] for place in sites], rank=RANK)
+    source = torch.Generator().manual_seed(world.seed)
+    return Bank(layout, 0.01 * torch.randn(count, layout.size, generator=source))
+
+
+def features_of(world: World, way: Pass) -> Tensor:
+    """Return a way's features of all asked queries, in their order."""
+    if way.encoder is world.encoder:
+        return world.asked.features
+    tokens = world.asked.tokens
+    order = np.asarray(tokens.lengths).argsort(kind="stable")
+    chunks = [order[start : start + 128].tolist() for start in range(0, len(order), 128)]
+    made = [way.encoder.features(batch_of(world, tokens, chunk)) for chunk in chunks]
+    return torch.cat(made)[torch.from_numpy(order.argsort())]
+
+
+def batch_of(world: World, tokens: Tokens, rows: Sequence[int]) -> Batch:
+    """Put rows into one batch."""
+    return collate([(tokens, row) for row in rows], pad=world.learner.pad)
+
+
+def chosen_rows(world: World, ways: Mapping[str, Pass], *, hits: int) -> list[int]:
+    """Return rows of the asked queries: `hits` near the first request alone, the rest near none, whichever the way.
+
+    Raises LetheError where there are too few of a kind.
+    """
+    touched = []
+    for way in ways.values():
+        gate = ForgettingGate(Detectors(way.detectors), slots(world, way.sites[:1], len(way.detectors)))
+        touched.append(gate.weights(features_of(world, way)).numpy() != 0)
+    near = np.flatnonzero(np.all([each[:, 0] & (each.sum(1) == 1) for each in touched], axis=0))
+    far = np.flatnonzero(np.all([~each.any(1) for each in touched], axis=0))
+    if len(near) < hits or len(far) < ROWS - hits:
+        raise LetheError(f"{len(near)} queries are near one request and {len(far)} near none; {hits} of {ROWS} wanted")
+    source = np.random.default_rng(0)
+    return [
+        *source.choice(near, hits, replace=False).tolist(),
+        *source.choice(far, ROWS - hits, replace=False).tolist(),
+    ]
+
+
+def variants(
+    world: World, ways: Mapping[str, Pass], counts: Sequence[int], batch: Batch
+) -> tuple[dict[str, Callable[[], None]], list[SamePass]]:
+    """Return what is timed, by name, and what is to be closed afterwards."""
+    timed = {"none": timed_answer(world.learner.answers, world.model, batch)}
+    opened: list[SamePass] = []
+    for way, each in ways.items():
+        for count in counts:
+            gate = ForgettingGate(Detectors(each.detectors[:count]), slots(world, each.sites, count))
+            if way == "same pass":
+                opened.append(SamePass(world.learner, gate))
+                timed[f"{way} {count}"] = timed_answer(opened[-1].answers, world.model, batch)
+            else:
+                gated = GatedLearner(world.learner, each.encoder, gate)
+                timed[f"{way} {count}"] = timed_answer(gated.answers, world.model, batch)
+    return timed, opened
+
+
+def timed_answer(ask: Callable[[Tensor, Batch], object], values: Tensor, batch: Batch) -> Callable[[], None]:
+    """Return a call that answers the batch."""
+
+    def answer() -> None:
+        with torch.no_grad():
+            ask(values, batch)
+
+    return answer
+
+
+def aurocs(world: World, *, layer: int) -> dict[str, float]:
+    """Return the least AUROC over the domains, a way each."""
+    domains = world.corpus.sequence[: len(DOMAINS)]
+    strange = replace(world, corpus=replace(world.corpus, asked=world.corpus.strange))
+    labels = np.concatenate([np.asarray(world.asked.tokens.labels), np.full(len(strange.asked.tokens), -1)])
+    found: dict[str, float] = {}
+    for way, each in passes(world, domains, layer=layer).items():
+        features = torch.cat([features_of(each_world, each) for each_world in (world, strange)])
+        distances = Detectors(each.detectors).distances(features).numpy()
+        scores = [roc_auc_score(~np.isin(labels, own), distances[:, place]) for place, own in enumerate(domains)]
+        found |= {f"auroc_{_key(way)}_{name}": float(score) for name, score in zip(DOMAINS, scores, strict=True)}
+        found[f"auroc_{_key(way)}_min"] = float(min(scores))
+    return found
+
+
+def _key(name: str) -> str:
+    return name.replace(" ", "_")
+
+
+def sizes(way: Pass, world: World) -> dict[str, float]:
+    """Return the bytes of one request: what its detector keeps, and its slot."""
+    numbers = statistics.fmean(each.numbers for each in way.detectors)
+    return {"detector_bytes": 4 * numbers, "slot_bytes": 4.0 * slots(world, way.sites, 1).layout.size}
+
+
+def measured(chosen: argparse.Namespace) -> tuple[dict[str, float], list[list[str]]]:
+    """Time all variants on one batch; return figures and the printed rows."""
+    corpus = Corpus.read(chosen.data, requests=len(DOMAINS) + max(chosen.requests), on="test")
+    world = made_world(corpus, cache=chosen.cache, seed=0)
+    ways = passes(world, corpus.sequence[len(DOMAINS) :], layer=chosen.layer)
+    batch = batch_of(world, world.asked.tokens, chosen_rows(world, ways, hits=chosen.hits))
+    timed, opened = variants(world, ways, chosen.requests, batch)
+    times = interleaved(timed, rounds=chosen.rounds, warmup=5)
+    for each in opened:
+        each.close()
+    figures, rows = aurocs(world, layer=chosen.layer), [["variant", "ms a batch of 32", "over none", "over 1 request"]]
+    for name, taken_s in times.items():
+        way, _, count = name.rpartition(" ")
+        over = {"none": paired_ratio(times, name, "none")} if way else {}
+        if way and int(count) != chosen.requests[0]:
+            over["1"] = paired_ratio(times, name, f"{way} {chosen.requests[0]}")
+        figures |= {f"{_key(name)}_over_{other}": ratio[0] for other, ratio in over.items()}
+        told = {other: f"{middle:.3f} ({low:.3f} to {high:.3f})" for other, (middle, low, high) in over.items()}
+        rows.append([name, f"{1e3 * statistics.median(taken_s):.2f}", told.get("none", ""), told.get("1", "")])
+    first, last = chosen.requests[0], chosen.requests[-1]
+    figures |= {f"gate{last}_over_gate{first}": figures[f"separate_{last}_over_1"],
+                f"gate{first}_over_none": figures[f"separate_{first}_over_none"],
+                f"same_pass_gate{first}_over_none": figures[f"same_pass_{first}_over_none"]}  # fmt: skip
+    return figures | sizes(ways["separate"], world) | {"tokens": float(batch.input_ids.numel())}, rows
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print what the command line asks for."""
+    parser = argparse.ArgumentParser(description="What the gates of forget requests cost at inference.")
+    parser.add_argument("--data", type=Path, help="the folder of CLINC150; without it nothing is measured")
+    parser.add_argument("--cache", type=Path, help="folder of trained models, filled where empty")
+    parser.add_argument("--requests", type=int, nargs="+", default=[1, 10, 100])
+    parser.add_argument("--hits", type=int, default=4, help=f"rows of {ROWS} that a slot answers")
+    parser.add_argument("--layer", type=int, default=4, help="what detectors read in the same pass")
+    parser.add_argument("--rounds", type=int, default=40)
+    chosen = parser.parse_args(arguments)
+    if chosen.data is None:
+        print("benchmarks.gate_costs measures on CLINC150 only: give --data FOLDER")
+        return
+    torch.set_num_threads(1)
+    try:
+        figures, rows = measured(chosen)
+    except LetheError as error:
+        raise SystemExit(f"error: {error}") from None
+    about = {key: value for key, value in vars(chosen).items() if key not in ("data", "cache")}
+    publish("unlearning", figures=figures, rows=rows, about=settings(**about), part="gates")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""MiniLM that has learned CLINC150's intents by FFA-LoRA, and questions to it, through slots of requests or not."""
+
+import gzip
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from client.config import TrainingConfig
+from client.training import Work, train
+from lora.bank import Bank
+from lora.config import AdapterConfig
+from lora.gate import Gate
+from lora.overlay import Overlay
+from strategies.unlearning.encoder import SharedEncoder
+from tasks.config import ModelConfig, TaskConfig
+from tasks.examples import Examples
+from tasks.learner import Learner, build_learner
+from tasks.tokens import Tokens
+
+DOMAINS = ("work", "travel", "home", "banking")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Queries with intents as numbers, and what is asked to be forgotten."""
+
+    train: Examples
+    asked: Examples
+    strange: Examples
+    """Out-of-scope queries."""
+    names: tuple[str, ...]
+    sequence: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def read(cls, folder: Path, *, requests: int, on: str) -> "Corpus":
+        """Read CLINC150; single intents follow the domains in an order that is always the same."""
+        with gzip.open(folder / "data_full.json.gz") as file:
+            data = json.load(file)
+        with gzip.open(folder / "domains.json.gz") as file:
+            domains = json.load(file)
+        names = tuple(sorted({intent for _, intent in data["train"]}))
+        number = {name: place for place, name in enumerate(names)}
+        whole = [tuple(sorted(number[intent] for intent in domains[domain])) for domain in DOMAINS]
+        rest = sorted(set(range(len(names))) - {label for each in whole for label in each})
+        single = [(int(label),) for label in np.random.default_rng(0).permutation(rest)]
+        part = "val" if on == "validation" else on
+
+        def examples(rows: Sequence[Sequence[str]]) -> Examples:
+            return Examples(tuple(row[0] for row in rows), tuple(number.get(row[1], 0) for row in rows))
+
+        strange = examples(data[f"oos_{part}"])
+        return cls(examples(data["train"]), examples(data[part]), strange, names, (*whole, *single)[:requests])
+
+    def rows(self, labels: Sequence[int], *, part: str = "train") -> NDArray[np.int64]:
+        """Return the rows of some intents."""
+        return np.flatnonzero(np.isin(getattr(self, part).labels, labels))
+
+
+@dataclass
+class World:
+    """The model before any request, and the features of everything that is asked."""
+
+    corpus: Corpus
+    learner: Learner
+    model: Tensor
+    encoder: SharedEncoder
+    seed: int
+    pretraining_s: float
+    _seen: dict[tuple[int, ...], "Questions"] = field(default_factory=dict, init=False, repr=False)
+
+    @cached_property
+    def asked(self) -> "Questions":
+        """Asked queries of all intents."""
+        return Questions.of(self, self.learner.task.tokenize(self.corpus.asked))
+
+    @cached_property
+    def strange(self) -> "Questions":
+        """Out-of-scope queries."""
+        return Questions.of(self, self.learner.task.tokenize(self.corpus.strange))
+
+    def seen(self, labels: tuple[int, ...]) -> "Questions":
+        """Training queries of some intents."""
+        if labels not in self._seen:
+            rows = self.corpus.rows(labels)
+            self._seen[labels] = Questions.of(self, self.learner.task.tokenize(taken(self.corpus.train, rows)))
+        return self._seen[labels]
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Token ids, the encoder's features, and the model's own logits, which rows that no slot touches keep."""
+
+    tokens: Tokens
+    features: Tensor
+    logits: Tensor
+
+    @classmethod
+    def of(cls, world: World, tokens: Tokens) -> "Questions":
+        """Ask encoder and model once."""
+        features: list[Tensor] = [torch.empty(0)] * len(tokens)
+        for places, batch in batches(world.learner, tokens, np.arange(len(tokens))):
+            for place, each in zip(places, world.encoder.features(batch), strict=True):
+                features[int(place)] = each
+        return cls(tokens, torch.stack(features), logits_of(world, tokens, np.arange(len(tokens)), None))
+
+
+def taken(examples: Examples, rows: NDArray[np.int64]) -> Examples:
+    """Return some rows."""
+    labels = examples.labels or ()
+    return Examples(tuple(examples.texts[row] for row in rows), tuple(labels[row] for row in rows))
+
+
+def batches(learner: Learner, tokens: Tokens, rows: NDArray[np.int64]) -> list[tuple[NDArray[np.int64], Any]]:
+    """Divide rows into batches of like length; returns rows and batch."""
+    return [(rows[places], batch) for places, batch in learner.batches([(tokens, int(row)) for row in rows])]
+
+
+@torch.no_grad()
+def logits_of(world: World, tokens: Tokens, rows: NDArray[np.int64], slots: tuple[Bank, Tensor] | None) -> Tensor:
+    """Return logits `[rows, classes]` under the model, with slots on top by weights `[all rows, slots]`."""
+    learner, task = world.learner, world.learner.task
+    place = {int(row): number for number, row in enumerate(rows)}
+    found = torch.empty(len(rows), len(world.corpus.names))
+    views = learner.layout.views(world.model)
+    for chosen, batch in batches(learner, tokens, rows):
+        overlay = None if slots is None else Overlay.of(slots[0], Gate.mixture(slots[1][torch.from_numpy(chosen)]))
+        with learner.adapted.bound(views, overlay=overlay) as base:
+            states = base(input_ids=batch.input_ids, attention_mask=batch.mask).last_hidden_state
+        mask = torch.ones(states.shape[:2]) if batch.mask is None else batch.mask.float()
+        pooled = torch.einsum("nt,ntd->nd", mask, states) / mask.sum(1, keepdim=True)
+        made = task.head.logits(  # type: ignore[attr-defined]
+            pooled, weight=views["head", "weight"], bias=views["head", "bias"], sink=None
+        )
+        found[[place[int(row)] for row in chosen]] = made
+    return found
+
+
+def trained(learner: Learner, tokens: Tokens, *, seed: int, cache: Path | None, name: str) -> tuple[Tensor, float]:
+    """Return the trained vector and the CPU seconds that it took: from the cache, else made and put there."""
+    path = None if cache is None else cache / f"ffa-{name}-{len(tokens)}-{seed}.safetensors"
+    if path is not None and path.is_file():
+        kept = load_file(path)
+        return kept["vector"], float(kept["seconds"])
+    begun = time.process_time()
+    steps = 3 * len(tokens) // 64
+    config = TrainingConfig(steps=steps, batch=64, optimizer="adamw", rate=3e-3, head_rate=1e-2)
+    parts = ("B", "head") if learner.task.entries() else ("B",)
+    works = [Work("all", tokens)]
+    found = train(learner, works, start=learner.start(), config=config, parts=parts, seed=seed, number=1)  # type: ignore[arg-type]
+    seconds = time.process_time() - begun
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"vector": found.values[0].clone(), "seconds": torch.tensor(seconds)}, path)
+    return found.values[0], seconds
+
+
+def made_world(corpus: Corpus, *, cache: Path | None, seed: int) -> World:
+    """Train the model that is asked to forget."""
+    model = ModelConfig(name="minilm", device="cpu", dtype="float32")
+    learner = build_learner(
+        model, TaskConfig(kind="classification", head="trained"), AdapterConfig(rank=8, targets="all"),
+        labels=corpus.names, trains_frame=False,
+    )  # fmt: skip
+    vector, seconds = trained(learner, learner.task.tokenize(corpus.train), seed=seed, cache=cache, name="whole")
+    encoder = SharedEncoder(learner.adapted, layers=(6,), pad=learner.pad)
+    return World(corpus, learner, vector, encoder, seed, seconds)

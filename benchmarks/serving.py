@@ -1,0 +1,354 @@
+"""Many users' adapters in one batch, against the bare model and PEFT's mixed batch; and servers under load.
+
+    python -m benchmarks.serving [--rounds 15] [--model minilm] [--stories DIRECTORY] [--seconds 10] [--smoke]
+
+Passes: a batch of 32 rows of 32 different users, rank 8, in CPU seconds on one thread, variants interleaved. `base` is
+the model without adapters, `bank` a gather of 32 slots and the adapted model, `peft` PEFT's `adapter_names` with the
+same adapters loaded (as many as the batch has; PEFT grows slower with every one that is loaded besides). Before
+anything is timed, bank and PEFT must agree to 1e-5. `n10000_over_n32` is the bank with so many users over the bank
+with 32, fresh users in every pass. Decoding is steps of one token after a prompt of 32, keys and values kept; the
+slots are gathered once, when the rows join, and the same is true of PEFT's batch.
+
+Load: two servers of the same make (FastAPI, uvicorn, one process, one torch thread) that embed texts with users'
+adapters, asked by a second process over kept connections: the service, and one that calls PEFT for every request (its
+adapters are loaded before; it may not batch, since requests come one by one). The client shares the machine with the
+server, in both cases. `rps_over_peft_c32_*` compares them at 32 connections with texts of 8 and 32 tokens.
+
+Rows: routing rows and rank-1 slots of a million users (`--million`), in files: bytes and seconds to look 32 up.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from benchmarks.measure import interleaved, paired_ratio, publish, settings
+from lora.config import AdapterConfig
+from lora.model import AdaptedModel
+from server.service.decoding import Decoding
+from server.service.sources import BankSource
+from server.service.warm import WarmSlots
+from strategies.personal.rows import NUMBERS, NamedRows
+from strategies.personal.slots import UserSlots
+from tasks.config import ModelConfig
+from tasks.models import load_base
+
+ADAPTER = AdapterConfig(rank=8, alpha=16)
+ROWS, PROMPT, STEPS = 32, 32, 8
+SIZE = 0.02
+"""Spread of the numbers of B: answers move, and stay finite."""
+
+
+def slots_of(layout_size: int, count: int, *, seed: int = 0) -> Tensor:
+    """Return slots that differ, `[count, size]`."""
+    return SIZE * torch.randn(count, layout_size, generator=torch.Generator().manual_seed(seed))
+
+
+@dataclass
+class Work:
+    """A base model with a bank, and the same with PEFT's adapters."""
+
+    model: ModelConfig
+    causal: bool
+
+    @cached_property
+    def bare(self) -> nn.Module:
+        """The model without adapters."""
+        return load_base(self.model, causal=self.causal).model.eval().requires_grad_(False)
+
+    @cached_property
+    def base(self) -> Any:
+        """The base of the bank."""
+        return load_base(self.model, causal=self.causal)
+
+    @cached_property
+    def adapted(self) -> AdaptedModel:
+        """The model of the bank."""
+        return AdaptedModel.attach(self.base.model, ADAPTER)
+
+    def bank(self, users: int) -> WarmSlots:
+        """Return warm slots of so many users, all in memory."""
+        slots = UserSlots.of(self.adapted)
+        for first in range(0, users, 1000):
+            count = min(1000, users - first)
+            names = [f"user-{number}" for number in range(first, first + count)]
+            slots.add(names, slots_of(slots.layout.size, count, seed=first))
+        warm = WarmSlots(BankSource(slots), rows=users)
+        for first in range(0, users, 1000):
+            names = [f"user-{number}" for number in range(first, min(first + 1000, users))]
+            warm.gather(names, warm.buffer(len(names)))
+        return warm
+
+    @cached_property
+    def peft(self) -> PeftModel:
+        """PEFT with the first 32 users of the bank."""
+        config = LoraConfig(
+            r=ADAPTER.rank, lora_alpha=int(ADAPTER.alpha), target_modules=[site.name for site in self.adapted.sites]
+        )
+        model = get_peft_model(load_base(self.model, causal=self.causal).model, config, adapter_name="user-0").eval()
+        layout = UserSlots.of(self.adapted).layout
+        found = slots_of(layout.size, ROWS)
+        inner: Any = model.base_model.model
+        for user in range(ROWS):
+            if user:
+                model.add_adapter(f"user-{user}", config)
+            views = layout.views(found[user])
+            for site in self.adapted.sites:
+                layer = inner.get_submodule(site.name)
+                layer.lora_A[f"user-{user}"].weight.data.copy_(self.adapted.frame.matrices[site.name])
+                layer.lora_B[f"user-{user}"].weight.data.copy_(views["B", site.name])
+        return model.requires_grad_(False)
+
+    def ids(self, tokens: int) -> Tensor:
+        """Return random tokens, `[32, tokens]`."""
+        vocabulary = int(self.base.model.config.vocab_size)
+        return torch.randint(5, vocabulary, (ROWS, tokens), generator=torch.Generator().manual_seed(tokens))
+
+
+USERS = [f"user-{number}" for number in range(ROWS)]
+
+
+# --- Passes ----------------------------------------------------------------------------------------------------------
+
+
+def fresh(count: int) -> Callable[[], list[str]]:
+    """Return what draws 32 different users anew in every call."""
+    source = torch.Generator().manual_seed(1)
+    return lambda: [f"user-{number}" for number in torch.randperm(count, generator=source)[:ROWS].tolist()]
+
+
+def encoding(work: Work, *, tokens: int, warm: WarmSlots, names: Callable[[], list[str]]) -> Callable[[], Tensor]:
+    """Return one pass of the encoder through the bank."""
+    ids, buffer = work.ids(tokens), warm.buffer(ROWS)
+    mask = torch.ones_like(ids)
+
+    def run() -> Tensor:
+        warm.gather(names(), buffer)
+        with work.adapted.bound(warm.layout.views(buffer)) as model:
+            found: Tensor = model(input_ids=ids, attention_mask=mask).last_hidden_state
+        return found
+
+    return run
+
+
+def decoding(work: Work, *, warm: WarmSlots, names: Callable[[], list[str]]) -> Callable[[], Tensor]:
+    """Return a prefill and some steps of the decoder through the bank, as the service does it."""
+    ids, kept = work.ids(PROMPT), warm.buffer(ROWS)
+
+    def run() -> Tensor:
+        rows = Decoding(work.base, work.adapted, warm.layout, slots=kept)
+        warm.gather(names(), rows.free)
+        logits = rows.join([*ids], range(ROWS))
+        for _ in range(STEPS):
+            logits = rows.step(logits.argmax(1))
+        return logits
+
+    return run
+
+
+def stepping(model: nn.Module, ids: Tensor, **more: Any) -> Callable[[], Tensor]:
+    """Return the same of a model of transformers."""
+
+    def run() -> Tensor:
+        cache = DynamicCache()
+        logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **more).logits[:, -1]
+        for _ in range(STEPS):
+            token = logits.argmax(1, keepdim=True)
+            logits = model(input_ids=token, past_key_values=cache, use_cache=True, **more).logits[:, -1]
+        found: Tensor = logits
+        return found
+
+    return run
+
+
+def agree(one: Tensor, other: Tensor, bare: Tensor, what: str) -> None:
+    """Stop unless bank and PEFT answer the same, and not what the bare model does."""
+    worst, effect = float((one - other).abs().max()), float((one - bare).abs().max())
+    print(f"{what}: bank and PEFT differ by {worst:.1e}, and from the bare model by {effect:.1e}")
+    assert effect > 1e-3, "the adapters change nothing"
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def silent(call: Callable[[], Tensor]) -> Callable[[], None]:
+    """Drop what a call returns."""
+
+    def run() -> None:
+        call()
+
+    return run
+
+
+def encoder_passes(work: Work, *, tokens: int, many: int, rounds: int) -> dict[str, list[float]]:
+    """Time the encoder bare, through the bank with 32 and with many users, and through PEFT."""
+    ids = work.ids(tokens)
+    mask = torch.ones_like(ids)
+    first, large = work.bank(ROWS), work.bank(many)
+    bank = encoding(work, tokens=tokens, warm=first, names=lambda: USERS)
+
+    def peft() -> Tensor:
+        found: Tensor = work.peft(input_ids=ids, attention_mask=mask, adapter_names=USERS).last_hidden_state
+        return found
+
+    def bare() -> Tensor:
+        found: Tensor = work.bare(input_ids=ids, attention_mask=mask).last_hidden_state
+        return found
+
+    agree(bank(), peft(), bare(), f"encoder, {tokens} tokens")
+    calls: dict[str, Callable[[], Tensor]] = {
+        "base": bare,
+        "bank": encoding(work, tokens=tokens, warm=first, names=fresh(ROWS)),
+        "many": encoding(work, tokens=tokens, warm=large, names=fresh(many)),
+        "peft": peft,
+    }
+    return interleaved({name: silent(call) for name, call in calls.items()}, rounds=rounds)
+
+
+def decoder_passes(work: Work, *, rounds: int) -> dict[str, list[float]]:
+    """Time the decoder in the same way."""
+    ids = work.ids(PROMPT)
+    bank = decoding(work, warm=work.bank(ROWS), names=lambda: USERS)
+    peft, bare = stepping(work.peft, ids, adapter_names=USERS), stepping(work.bare, ids)
+    agree(bank(), peft(), bare(), "decoder")
+    calls = {"base": bare, "bank": bank, "peft": peft}
+    return interleaved({name: silent(call) for name, call in calls.items()}, rounds=rounds)
+
+
+def added(work: Work, *, count: int) -> float:
+    """Return the median milliseconds until a new user's slot can answer: written, and gathered once."""
+    slots = UserSlots.of(work.adapted)
+    warm, out, spent = WarmSlots(BankSource(slots), rows=count), None, []
+    values = slots_of(slots.layout.size, count)
+    out = warm.buffer(1)
+    for number in range(count):
+        began = time.perf_counter()
+        slots.add([f"new-{number}"], values[number])
+        warm.gather([f"new-{number}"], out)
+        spent.append(1000 * (time.perf_counter() - began))
+    return statistics.median(spent)
+
+
+# --- Many rows -------------------------------------------------------------------------------------------------------
+
+
+def many_rows(width: int, users: int) -> dict[str, float]:
+    """Keep so many rows in files; returns bytes a user on the disk and in memory, and milliseconds to look 32 up."""
+    with tempfile.TemporaryDirectory() as name:
+        rows = NamedRows(width, kind="benchmark", directory=Path(name))
+        source, before = torch.Generator().manual_seed(0), psutil.Process().memory_info().rss
+        for first in range(0, users, 20_000):
+            names = [f"user-{number}" for number in range(first, min(first + 20_000, users))]
+            rows.replace(names, torch.randn(len(names), width, generator=source))
+        spent = []
+        for _ in range(50):
+            asked = [f"user-{number}" for number in torch.randint(users, (ROWS,), generator=source).tolist()]
+            began = time.perf_counter()
+            with rows.steady() as data:
+                data.index_select(0, torch.tensor([found[0] for user in asked if (found := rows.find(user))]))
+            spent.append(1000 * (time.perf_counter() - began))
+        disk = sum(file.stat().st_blocks * 512 for file in Path(name).iterdir())
+        held = (Path(name) / NUMBERS).stat().st_size
+        rows.close()
+    resident = psutil.Process().memory_info().rss - before
+    return {"disk_bytes": disk / users, "file_bytes": held / users, "resident_bytes": resident / users,
+            "lookup32_ms": statistics.median(spent)}  # fmt: skip
+
+
+# --- All of it -------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="minilm", help="the encoder: minilm, or tiny-bert")
+    parser.add_argument("--stories", metavar="DIRECTORY", help="the stories260k decoder; else a tiny random Llama")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--many", type=int, default=10_000, help="users of the larger bank (0.5 MB each for minilm)")
+    parser.add_argument("--million", type=int, default=1_000_000, help="users with routing rows and rank-1 slots")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of every load")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 32, 100, 1000])
+    parser.add_argument("--users", type=int, default=1000, help="users of the loaded service")
+    parser.add_argument("--smoke", action="store_true", help="everything tiny, and nothing written")
+    chosen = parser.parse_args()
+    if chosen.smoke:
+        chosen.model, chosen.rounds, chosen.many, chosen.million = "tiny-bert", 2, 100, 1000
+        chosen.seconds, chosen.clients, chosen.users = 0.5, [1, 32], 40
+    torch.set_num_threads(1)
+    figures, rows = measured(chosen)
+    if chosen.smoke:
+        print(json.dumps(figures, indent=1))
+        return
+    about = {key: value for key, value in vars(chosen).items() if key not in ("smoke", "stories")}
+    publish("serving", figures=figures, rows=rows, about=settings(stories=bool(chosen.stories), **about))
+
+
+@torch.no_grad()
+def measured(chosen: argparse.Namespace) -> tuple[dict[str, float], list[list[str]]]:
+    """Return all figures and the table."""
+    figures: dict[str, float] = {}
+    rows = [["what", "median", "spread"]]
+    encoder = Work(ModelConfig(name=chosen.model, device="cpu"), causal=False)
+    for tokens in (8, 32, 128):
+        times = encoder_passes(encoder, tokens=tokens, many=chosen.many, rounds=chosen.rounds)
+        _ratios(times, f"enc{tokens}", figures, rows)
+        if tokens == 32:
+            _ratio(times, "many", "bank", key=f"n{chosen.many}_over_n32", figures=figures, rows=rows)
+    stories = {"path": chosen.stories} if chosen.stories else {"name": "tiny-llama"}
+    _ratios(decoder_passes(Work(ModelConfig(**stories, device="cpu"), causal=True), rounds=chosen.rounds), "decode",
+            figures, rows)  # fmt: skip
+    figures["add_user_ms"] = added(encoder, count=min(200, chosen.many))
+    figures |= _million(encoder, chosen.million)
+    del encoder
+    # Imported late: the servers' processes import this module for the model and the slots.
+    from benchmarks.serving_load import under_load
+
+    figures |= under_load(
+        {"name": chosen.model, "device": "cpu"}, clients=chosen.clients, seconds=chosen.seconds, users=chosen.users
+    )
+    for tokens in (8, 32):
+        one, other = (figures[f"{kind}_rps_c32_{tokens}tok"] for kind in ("bank", "peft"))
+        figures[f"rps_over_peft_c32_{tokens}tok"] = one / other
+    figures["p99_ms_c32"] = figures["bank_p99_ms_c32_8tok"]
+    known = {row[0] for row in rows}
+    rows += [[name, f"{value:.3g}", ""] for name, value in figures.items() if name not in known]
+    return figures, rows
+
+
+def _million(work: Work, users: int) -> dict[str, float]:
+    """Measure routing rows of 8 meta-LoRAs, and slots of rank 1 on attention."""
+    attention = AdapterConfig(rank=1, alpha=2, targets="attention")
+    small = AdaptedModel.attach(load_base(work.model, causal=False).model, attention)
+    widths = {"routing": 8 * len(work.adapted.sites), "rank1": sum(entry.size for entry in small.entries("B"))}
+    return {
+        f"{name}_{figure}": value for name, width in widths.items() for figure, value in many_rows(width, users).items()
+    }
+
+
+def _ratios(times: Mapping[str, Sequence[float]], work: str, figures: dict[str, float], rows: list[list[str]]) -> None:
+    figures[f"base_ms_{work}"] = 1000 * statistics.median(times["base"])
+    for name in ("bank", "peft"):
+        _ratio(times, name, "base", key=f"{name}_over_base_{work}", figures=figures, rows=rows)
+
+
+def _ratio(
+    times: Mapping[str, Sequence[float]], over: str, under: str, *, key: str, figures: dict[str, float],
+    rows: list[list[str]],
+) -> None:  # fmt: skip
+    middle, low, high = paired_ratio(times, over, under)
+    figures[key] = middle
+    rows.append([key, f"{middle:.3f}", f"{low:.3f}-{high:.3f}"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The personalisation service: many users' adapters on one base model, for people and programs that call it."""

@@ -1,0 +1,258 @@
+"""Warm slots: those of users who were asked for lately, in memory beside the model; the others stay where they are."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lora.codec import Layout
+from lora.errors import ConfigError, LetheError, Unknown
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Slots as a source has them: `values [found, size]`, `versions [found]`, for the names that it found, in order."""
+
+    names: tuple[str, ...]
+    values: Tensor
+    versions: tuple[int, ...]
+    faults: "dict[str, LetheError]" = field(default_factory=dict)
+    """Why a name has no slot, where there is more to say than that it is not there."""
+
+
+class Source(Protocol):
+    """Where all slots are kept: a memory-mapped bank, or a folder of files with a registry."""
+
+    layout: Layout
+
+    def kept(self, names: Sequence[str]) -> Kept:
+        """Return copies of the slots of those names that are there; a name that is not is left out."""
+        ...
+
+    def versions(self, names: Sequence[str]) -> dict[str, int]:
+        """Return the versions of those names that are there."""
+        ...
+
+    def listen(self, listener: Callable[[Sequence[str]], None]) -> None:
+        """Have every name told that is replaced or removed here, before the call that does it returns."""
+        ...
+
+
+@dataclass
+class _Entry:
+    row: int
+    version: int
+    checked: int
+
+
+@dataclass(eq=False)
+class _Read:
+    """A fetch on its way: the names whose copies will still be of use."""
+
+    epoch: int
+    names: set[str]
+
+
+@dataclass
+class Traffic:
+    """What came from memory and what had to be fetched."""
+
+    hits: int = 0
+    misses: int = 0
+    evictions: int = 0
+
+
+class WarmSlots:
+    """A source's slots with the latest used ones in memory: `rows` of them, float32 or bfloat16, on the model's device.
+
+    **Guarantee**: `gather` returns for every name the slot and the version that the source had at some instant between
+    the call and its return, never another name's.
+
+    | case | answer |
+    |---|---|
+    | None in place of a name | `blank` (zeros, if it is not set), version 0: the base model |
+    | a name that the source lacks | Unknown, in its place; the other rows are gathered |
+    | a name that was written or removed meanwhile | the new slot at the next gather |
+    | more names in a batch than rows | those beyond come from the source, none is evicted twice |
+    | `doubt` (another process may have written) | every version is compared with the source's at its next use |
+    | a pinned name | stays until unpinned or removed |
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        rows: int = 4096,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> None:
+        if rows < 1:
+            raise ConfigError(f"warm rows {rows}: at least 1 is needed")
+        self.source, self.rows, self.layout = source, rows, source.layout
+        self.data = torch.zeros(rows, self.layout.size, dtype=dtype, device=device)
+        self.traffic = Traffic()
+        self.blank = torch.zeros(self.layout.size, device=device)
+        """What answers where no adapter is asked for."""
+        self._lock = threading.Lock()
+        self._entries: OrderedDict[str, _Entry] = OrderedDict()
+        self._free: list[int] = [*range(rows - 1, -1, -1)]
+        self._pinned: set[str] = set()
+        self._reads: list[_Read] = []
+        self._epoch = 0
+        source.listen(self.drop)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def buffer(self, rows: int) -> Tensor:
+        """Return a buffer for `gather`, `[rows, size]`, float32, to be kept: fresh memory costs more than the copy."""
+        return torch.zeros(rows, self.layout.size, device=self.data.device)
+
+    def gather(self, names: Sequence[str | None], out: Tensor) -> list[int | LetheError]:
+        """Fill `out [>= names, size]` with a slot for every name; returns versions, or why a row has none (`blank`)."""
+        distinct = [*dict.fromkeys(name for name in names if name is not None)]
+        self._check(distinct)
+        fetched: dict[str, tuple[Tensor, int] | LetheError] = {}
+        first = True
+        while True:
+            with self._lock:
+                wanted = [name for name in distinct if name not in self._entries and name not in fetched]
+                if first:
+                    self.traffic.hits += len(distinct) - len(wanted)
+                    self.traffic.misses += len(wanted)
+                if not wanted:
+                    return self._fill(names, out, fetched)
+                read = _Read(self._epoch, set(wanted))
+                self._reads.append(read)
+            first = False
+            fetched |= self._fetch(wanted, read, keep=set(distinct))
+
+    def pin(self, name: str) -> None:
+        """Keep a name in memory. Raises Unknown for one that is not there, ConfigError where every row is pinned."""
+        with self._lock:
+            if len(self._pinned | {name}) > max(1, self.rows - 1):
+                raise ConfigError(f"{len(self._pinned)} of {self.rows} warm rows are pinned; unpin one, or have more")
+            self._pinned.add(name)
+        (version,) = self.gather([name], self.buffer(1))
+        if isinstance(version, LetheError):
+            self.unpin(name)
+            raise version
+
+    def unpin(self, name: str) -> None:
+        """Let a name be evicted again."""
+        with self._lock:
+            self._pinned.discard(name)
+
+    def drop(self, names: Sequence[str]) -> None:
+        """Forget copies: their rows are overwritten with zeros."""
+        with self._lock:
+            for read in self._reads:
+                read.names.difference_update(names)
+            for name in names:
+                entry = self._entries.pop(name, None)
+                if entry is not None:
+                    self.data[entry.row].zero_()
+                    self._free.append(entry.row)
+
+    def doubt(self) -> None:
+        """Compare every version with the source's before it is used again."""
+        with self._lock:
+            self._epoch += 1
+
+    def _check(self, names: Sequence[str]) -> None:
+        """Ask the source for the versions of what is in doubt."""
+        with self._lock:
+            epoch = self._epoch
+            doubted = [name for name in names if name in self._entries and self._entries[name].checked != epoch]
+        if not doubted:
+            return
+        versions = self.source.versions(doubted)
+        self.drop([name for name in doubted if self._version(name) != versions.get(name)])
+        with self._lock:
+            for name in doubted:
+                if name in self._entries:
+                    self._entries[name].checked = epoch
+
+    def _version(self, name: str) -> int | None:
+        entry = self._entries.get(name)
+        return None if entry is None else entry.version
+
+    def _fetch(
+        self, names: Sequence[str], read: "_Read", *, keep: set[str]
+    ) -> dict[str, tuple[Tensor, int] | LetheError]:
+        """Ask the source, and keep what was not written to meanwhile: such a copy serves this batch only."""
+        try:
+            found = self.source.kept(names)
+        except BaseException:
+            with self._lock:
+                self._reads.remove(read)
+            raise
+        fetched: dict[str, tuple[Tensor, int] | LetheError] = {}
+        for name in names:
+            fetched[name] = found.faults.get(name) or missing(name)
+        with self._lock:
+            self._reads.remove(read)
+            for name, value, version in zip(found.names, found.values, found.versions, strict=True):
+                fetched[name] = value, version
+                row = self._room(keep) if name in read.names and name not in self._entries else None
+                if row is not None:
+                    self.data[row].copy_(value)
+                    self._entries[name] = _Entry(row, version, read.epoch)
+        return fetched
+
+    def _room(self, keep: set[str]) -> int | None:
+        if self._free:
+            return self._free.pop()
+        for name, entry in self._entries.items():
+            if name not in self._pinned and name not in keep:
+                del self._entries[name]
+                self.traffic.evictions += 1
+                return entry.row
+        return None
+
+    def _fill(
+        self, names: Sequence[str | None], out: Tensor, fetched: Mapping[str, tuple[Tensor, int] | LetheError]
+    ) -> list[int | LetheError]:
+        entries = [None if name is None else self._entries.get(name) for name in names]
+        for name, entry in zip(names, entries, strict=True):
+            if name is not None and entry is not None:
+                self._entries.move_to_end(name)
+        if all(entry is not None for entry in entries):
+            rows = torch.tensor([entry.row for entry in entries if entry is not None], device=self.data.device)
+            self._copy(rows, out[: len(names)])
+            return [entry.version for entry in entries if entry is not None]
+        return [
+            self._put(entry, None if name is None else fetched.get(name), out[place])
+            for place, (name, entry) in enumerate(zip(names, entries, strict=True))
+        ]
+
+    def _put(
+        self, entry: _Entry | None, found: tuple[Tensor, int] | LetheError | None, out: Tensor
+    ) -> int | LetheError:
+        """Fill one row, from memory, from what was fetched, or with zeros."""
+        if entry is not None:
+            out.copy_(self.data[entry.row])
+            return entry.version
+        if isinstance(found, tuple):
+            out.copy_(found[0])
+            return found[1]
+        out.copy_(self.blank)
+        return 0 if found is None else found
+
+    def _copy(self, rows: Tensor, out: Tensor) -> None:
+        if self.data.dtype == out.dtype:
+            torch.index_select(self.data, 0, rows, out=out)
+        else:
+            out.copy_(self.data.index_select(0, rows))
+
+
+def missing(name: str) -> Unknown:
+    """Return the error for a name without a slot; it names no other name, which may be somebody else's."""
+    return Unknown(f"'{name}' has no adapter here; import one under that name, or observe events of that user first")
