@@ -94,7 +94,9 @@ class ForgettingConfig(Section):
     gate: Literal["hard", "soft", "cut", "always"] = "hard"
     """How a distance becomes a weight: 1 within the threshold, the paper's soft weight, or its far side alone."""
     coverage: float = Field(0.95, gt=0, le=1)
-    """Share of a request's held-back rows within the threshold of the hard gate."""
+    """Share of a request's left-out rows within the threshold of the hard gate."""
+    folds: int = Field(8, ge=0)
+    """Clusters of every class that are left out in turn, for the threshold; 0: the held-back rows give it."""
     layers: tuple[int, ...] = (-1,)
     """Hidden states that detectors read; 0 the embeddings, -1 the last."""
     shrinkage: float = Field(0.8, ge=0, le=1)

@@ -167,14 +167,14 @@ class Forgotten:
         return ask(self.learner, request, model=self.values, avoid=avoid)
 
     def fit_detector(self, request: AuditedRequest, *, randomness: Randomness | None = None) -> Detector:
-        """Make the detector of a request: statistics of its used rows, thresholds of its held-back ones.
+        """Make the detector of a request: statistics of its used rows, the threshold of left-out ones.
 
         Raises DataError for fewer than `LEAST_ROWS` rows.
         """
         check_rows(len(request.examples))
         noise = self.config.statistics_noise if randomness is not None else 0.0
         shape = Shape(shrinkage=self.config.shrinkage, noise_multiplier=noise)
-        settings = DetectorSettings(shape=shape, coverage=self.config.coverage)
+        settings = DetectorSettings(shape=shape, coverage=self.config.coverage, folds=self.config.folds)
         tokens = request.tokens(self.learner.task)
         return fit_detector(self.encoder, request, tokens, settings=settings, randomness=randomness)
 
