@@ -8,7 +8,8 @@
 - texts: MiniLM on CLINC150 (a folder with data_full.json.gz and domains.json.gz); the domains work, travel, home and
   banking are forgotten, then single intents.
 - few-shot, missing: a vision transformer trained here on an MNIST-shaped file (or on built-in digits), four requests of
-  two classes (the last of one in `missing`); few-shot has 4 rows a class, in `missing` classes 0 and 1 have no replay row.
+  two classes (the last of one in `missing`); few-shot has 4 rows a class, in `missing` classes 0 and 1 have no replay
+  row.
 
 Every method gets the same rows and the same number of steps. `--on validation` is for choosing settings.
 `--retrained N` trains N classifiers without the requests' rows on all the others: seconds against those of a request,
