@@ -110,7 +110,7 @@ class Audit:
 
     def _opened(self, path: str) -> None:
         name = str(Path(path).resolve())
-        if name.startswith(_CODE) or name.endswith((".py", ".pyc", ".so")) or name.startswith(("/proc", "/sys")):
+        if name.startswith((*_CODE, "/proc", "/sys")) or name.endswith((".py", ".pyc", ".so", _LIBRARY)):
             self.code[name] += 1
             return
         self.files[name] += 1
@@ -178,6 +178,8 @@ _WATCHERS: dict[int, list[Audit]] = {}
 _INSTALLED: list[bool] = []
 _SCHEMES = ("stdlib", "platstdlib", "purelib", "platlib")
 _CODE = tuple({str(Path(sysconfig.get_path(scheme)).resolve()) for scheme in _SCHEMES})
+_LIBRARY = f"python{sys.version_info.major}{sys.version_info.minor}.zip"
+"""Where Python looks for its library first; a late import tries to open it."""
 
 
 def _watching() -> list[Audit]:

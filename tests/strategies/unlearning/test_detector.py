@@ -75,6 +75,9 @@ def test_every_term_alone_and_together_tells_the_request_from_others(
 def test_only_the_requests_rows_are_read_and_thresholds_come_from_the_held_back(
     encoder: SharedEncoder, learner: Learner, request_of: Callable[..., AuditedRequest]
 ) -> None:
+    wide = request_of(2, 3)
+    assert fit(encoder, learner, wide).threshold > 0
+    assert wide.audit.report()["foreign"] == wide.audit.report()["files"] == 0
     request = request_of(2, 3)
     detector = fit(encoder, learner, request, folds=0)
     assert request.audit.report()["foreign"] == request.audit.report()["files"] == 0
