@@ -129,7 +129,7 @@ def images(chosen: argparse.Namespace, name: str) -> Course:
     splits = load_images(Path(chosen.images)) if chosen.images else builtin_images()
     few = name == "few-shot"
     classes = len(splits.label_names)
-    sequence = tuple((label - 1, label) for label in range(classes - 1, 2, -2))
+    sequence: tuple[tuple[int, ...], ...] = tuple((label - 1, label) for label in range(classes - 1, 2, -2))
     if not few:
         # The last pair would leave classes of which there is no row.
         sequence = (*sequence[:-1], sequence[-1][1:])
