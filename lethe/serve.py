@@ -46,9 +46,10 @@ def serve(run: Path | None, place: Place, *, say: Say) -> None:
     try:
         key = operator_key(service, folder_of(run, place))
         app = create_app(service)
+        # uvicorn's own log configuration would shut down every handler of the process, and absl's closes its stream.
         settings = uvicorn.Config(
             app, host=place.host, port=place.port, log_level="warning", access_log=False, timeout_graceful_shutdown=30,
-            server_header=False,
+            server_header=False, log_config=None,
         )  # fmt: skip
         server = uvicorn.Server(settings)
         _announce(service, place, key, say)
