@@ -225,8 +225,9 @@ class Service:
     def _may_use(self, caller: Caller, name: str, served: Served | None) -> AdapterInfo:
         """Return an adapter (of one model) that the caller may use.
 
-        Raises Unknown alike for one that is not there and for another's.
+        Raises Unknown alike for one that is not there and for another's, Denied for auditors, who see lists alone.
         """
+        caller.must_be("user", "operator")
         there = self.adapters.known(name)
         found = [] if there is None or not _visible(caller, there) else [there]
         own = self._own_slot(caller, name)
