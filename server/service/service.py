@@ -330,7 +330,7 @@ class Service:
         return (self.users is not None and user in self.users) or bool(self.adapters.infos(owner=user))
 
     def _erasers(self) -> list[Any]:
-        return [self._erase_person, self._erase_adapters, self._erase_keys, self._erase_running]
+        return [self._erase_person, self._erase_adapters, self._erase_keys, self._erase_running, self._left]
 
     def _erase_person(self, user: str) -> Evidence:
         if self.users is None or user not in self.users:
@@ -354,6 +354,17 @@ class Service:
 
     def _erase_running(self, user: str) -> Evidence:
         return {"requests_ended": self._retire(user)}
+
+    def _left(self, user: str) -> Evidence:
+        """Look, once all is deleted, whether it is."""
+        known = self.users is not None and user in self.users
+        return {
+            "left": {
+                "events": len(self.users.history(user)) if known and self.users is not None else 0,
+                "slot": self.users is not None and user in self.users.slots,
+                "adapters": len(self.adapters.infos(owner=user)),
+            }
+        }
 
     def _retire(self, name: str) -> int:
         error = Unknown("this was forgotten while the request waited; there is nothing to answer with any more")
