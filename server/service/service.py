@@ -363,6 +363,9 @@ class Service:
                 "events": len(self.users.history(user)) if known and self.users is not None else 0,
                 "slot": self.users is not None and user in self.users.slots,
                 "adapters": len(self.adapters.infos(owner=user)),
+                # A second pass says how much the first has left.
+                "idempotency_keys": self.once.forget(user),
+                "requests_ended": self._retire(user),
             }
         }
 
