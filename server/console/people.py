@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lora.errors import Busy, DataError, Unknown
-from server.service.answers import Provenance
+from server.service.answers import COLD, OWN, PLAIN, Provenance
 from server.service.identity import Caller
 from server.service.recommending import Rated, RecommendAsked, Recommended
 from server.service.service import Service, UserInfo
@@ -19,6 +19,12 @@ PATIENCE = 60.0
 """Seconds that a page waits for its recommendations at most."""
 BEST, FOUND, LATEST, STEPS = 10, 20, 20, 20
 """Recommendations, found titles and latest events that are shown; ratings that a list offers at most."""
+_REASONS = {
+    OWN: "answered by the user's own adapter",
+    PLAIN: "asked without, for comparison: what somebody without a history would get",
+    COLD: "nothing is known of this user, so this is what somebody without a history would get",
+}
+"""Reasons in words for those who look at pages; the interface's own speak of its parameters."""
 _WAS = re.compile(r"\d{1,9}(\.\d{1,9}){0,99}")
 
 
@@ -46,6 +52,8 @@ class Gate:
     mixed: tuple[Mixed, ...]
     matrices: tuple[str, ...]
     rows: tuple[tuple[float, ...], ...]
+    zero: bool
+    """Whether the mixture is zero throughout, as where no training of the meta-LoRAs was better than their start."""
 
 
 @dataclass(frozen=True)
@@ -126,12 +134,13 @@ def _history(service: Service, info: UserInfo | None, latest: int) -> tuple[Past
 
 
 def _listed(service: Service, told: Recommended, was: str = "") -> Listed:
+    whose = replace(told.provenance, reason=_REASONS.get(told.provenance.reason, told.provenance.reason))
     if not _WAS.fullmatch(was):
-        return Listed(tuple(Placed(each) for each in told.items), told.provenance)
+        return Listed(tuple(Placed(each) for each in told.items), whose)
     catalogue = people_of(service).histories.terms.catalogue
     before = {int(place): number for number, place in enumerate(was.split("."), start=1)}
     items = tuple(Placed(each, before.get(catalogue.index(each.item), 0)) for each in told.items)
-    return Listed(items, told.provenance)
+    return Listed(items, whose)
 
 
 def _gate(service: Service, name: str) -> Gate | None:
@@ -141,10 +150,11 @@ def _gate(service: Service, name: str) -> Gate | None:
         if name not in people:
             return None
         own, cold = people.gate(name).double(), people.gate(None).double()
+        zero = not bool(people.slot(name).any())
     means = zip(own.mean(0).tolist(), cold.mean(0).tolist(), strict=True)
     mixed = tuple(Mixed(f"meta-LoRA {number}", *pair) for number, pair in enumerate(means, start=1))
     matrices = tuple(short(site.name) for site in people.personal.adapted.sites)
-    return Gate(mixed, matrices, tuple(tuple(row) for row in own.tolist()))
+    return Gate(mixed, matrices, tuple(tuple(row) for row in own.tolist()), zero)
 
 
 def short(matrix: str) -> str:

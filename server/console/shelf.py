@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 
 from server.service.adapters import READY, AdapterInfo
 from server.service.identity import Caller
@@ -64,6 +65,12 @@ def _follows(service: Service, info: AdapterInfo) -> bool:
     return people is not None and info.name in people and info.layout == people.slots.layout.digest
 
 
+def named(base: str) -> str:
+    """Return a base model's name; of one that is a folder here, only the end of its path."""
+    path = PurePath(base)
+    return "/".join(path.parts[-2:]) if path.is_absolute() else base
+
+
 def _slots(service: Service, caller: Caller, names: Sequence[str]) -> list[AdapterShown]:
     people = service.users
     if people is None or not names:
@@ -73,7 +80,7 @@ def _slots(service: Service, caller: Caller, names: Sequence[str]) -> list[Adapt
     kept = BankSource(people.slots).kept(names)
     return [
         AdapterShown(
-            name, name, version, people.personal.base.reference, adapted.frame.rank, people.slots.slot_bytes,
+            name, name, version, named(people.personal.base.reference), adapted.frame.rank, people.slots.slot_bytes,
             hashlib.sha256(slot.numpy().tobytes()).hexdigest(), "follows from events", exports,
         )
         for name, slot, version in zip(kept.names, kept.values, kept.versions, strict=True)
@@ -90,7 +97,7 @@ def _brought(service: Service, caller: Caller, infos: Sequence[AdapterInfo]) -> 
         size = file.stat().st_size if file is not None and file.is_file() else None
         exports = info.layout in layouts and info.state == READY and caller.role != "auditor"
         found.append(
-            AdapterShown(info.name, info.owner, info.version, info.base, info.rank, size,
+            AdapterShown(info.name, info.owner, info.version, named(info.base), info.rank, size,
                          "" if row is None else row.digest, "imported", exports, info.state)
         )  # fmt: skip
     return found

@@ -30,7 +30,7 @@ def test_the_key_stays_out_of_the_browser(site: Site, visit: Visit) -> None:
 
 
 def test_over_tls_the_cookie_is_for_tls_alone(site: Site) -> None:
-    answer = site.client.get("https://testserver/console/sign-in")
+    answer = site.client.get("https://localhost/console/sign-in")
     assert "Secure" in answer.headers["set-cookie"]
 
 

@@ -5,10 +5,12 @@ import re
 import zipfile
 from collections.abc import Callable
 from html import unescape
+from pathlib import Path
 from urllib.parse import quote
 
 import pytest
 
+from server.console.shelf import named
 from server.service.adapters import NewAdapter
 from server.service.tables import LONGEST_NAME
 from strategies.personal.events import Event
@@ -40,7 +42,7 @@ def test_a_users_page_shows_both_lists_and_whose_they_are(site: Site, visit: Vis
     plain = site.get("/v1/users/user-003/recommendations", params={"personalized": "false"})
     version = own["whose"]["adapter_version"]
     assert f"personalised adapter user-003, version {version}" in shown
-    assert f"not personalised {plain['whose']['reason']}" in shown
+    assert "not personalised asked without, for comparison" in shown
     with_, without = shown.split("Without personalisation")
     for items, place in ((own["items"], with_.split("With personalisation")[1]), (plain["items"], without)):
         spots = [place.index(each["title"]) for each in items]
@@ -58,7 +60,15 @@ def test_the_gates_weights_are_those_that_mix(site: Site, visit: Visit) -> None:
     assert own.shape == cold.shape == (len(people.personal.adapted.sites), 3)
     for number, (mine, theirs) in enumerate(zip(own.mean(0).tolist(), cold.mean(0).tolist(), strict=True), start=1):
         assert f"meta-LoRA {number} {100 * mine:.1f} % {100 * theirs:.1f} %" in shown
-    assert abs(float((own - cold).abs().max())) > 1e-4
+    assert float((own - cold).abs().max()) > 1e-4 and "The mixture is zero" not in shown
+
+
+def test_a_mixture_that_is_zero_is_called_so(site: Site, visit: Visit, monkeypatch: pytest.MonkeyPatch) -> None:
+    people = site.service.users
+    assert people is not None
+    slot = people.slot("user-003")
+    monkeypatch.setattr(people, "slot", lambda name: 0 * slot)
+    assert "The mixture is zero" in words(visit("user-003").get("/console/user", name="user-003"))
 
 
 def test_a_rating_moves_the_recommendations(site: Site, visit: Visit) -> None:
@@ -174,7 +184,9 @@ def test_without_runs_the_page_says_what_fills_it(site: Site, visit: Visit) -> N
     assert "--runs" in browser.get("/console/runs")
 
 
-def test_adapters_are_listed_and_leave_as_peft_directories(site: Site, visit: Visit, text_encoder: Encoder) -> None:
+def test_adapters_are_listed_and_leave_as_peft_directories(
+    site: Site, visit: Visit, text_encoder: Encoder, tmp_path: Path
+) -> None:
     layout = text_encoder.learner.layout
     site.service.adapters.write(NewAdapter("for all", drawn(layout, 1)[0], layout, "tiny-bert", 2))
     site.service.adapters.write(NewAdapter("ann's", drawn(layout, 1)[0], layout, "tiny-bert", 2, "ann"))
@@ -190,6 +202,7 @@ def test_adapters_are_listed_and_leave_as_peft_directories(site: Site, visit: Vi
         assert browser.page is not None
         with zipfile.ZipFile(io.BytesIO(browser.page.content)) as archive:
             assert sorted(archive.namelist()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert named(f"{tmp_path}/a/base") == "a/base" and named("org/model") == "org/model"
     own = words(visit("user-003").get("/console/adapters"))
     assert "2 adapters" in own and "ann's" not in own and "user-004" not in own
     looked = visit("auditor").get("/console/adapters")
