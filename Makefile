@@ -21,7 +21,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-deployment test-faults lint format bench clean
+.PHONY: help install demo test test-browser test-deployment test-faults lint format screenshots bench clean
 
 help: ## List what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -31,8 +31,11 @@ install: $(ALL) ## Create .venv with everything that tests, checks and benchmark
 demo: $(DEMO) ## Fine-tune a real model with four simulated clients, privately (minutes, no GPU, no hub)
 	HF_HUB_OFFLINE=1 $(BIN)/lethe simulate quickstart
 
-test: $(ALL) ## Run all tests but those of deployments and kills (arguments by ARGS="tests/lora -x")
-	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not deployment and not faults' $(ARGS)
+test: $(ALL) ## Run all tests but those of browsers, deployments and kills (arguments by ARGS="tests/lora -x")
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not deployment and not faults and not browser' $(ARGS)
+
+test-browser: $(ALL) ## Look at the service's console in chromium, by keyboard and at phone width (skipped without it)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/server/console $(ARGS)
 
 test-deployment: $(ALL) ## Run the tests that start a federation's processes on loopback (minutes; nginx if it is there)
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m deployment $(ARGS)
@@ -47,6 +50,9 @@ lint: $(ALL) ## Check style and types
 
 format: $(ALL) ## Fix what ruff can fix
 	@$(BIN)/ruff check --fix-only --quiet . && $(BIN)/ruff format .
+
+screenshots: $(ALL) ## Take the README's pictures of the console anew (needs chromium)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.server.console.screenshots
 
 bench: $(ALL) ## Run every benchmark (many minutes); figures go to benchmarks/results
 	@set -e; for name in $(BENCHMARKS); do echo "== $$name"; HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.$$name; done

@@ -100,7 +100,7 @@ def personalize(recipe: Recipe, overrides: Overrides = None, quiet: Quiet = Fals
 
 
 @app.command()
-def serve(
+def serve(  # noqa: PLR0917 - typer reads options by name
     run: Annotated[
         str | None, typer.Option("--run", help="A finished personal run (runs/NAME, or its name); else a demo.")
     ] = None,
@@ -110,13 +110,14 @@ def serve(
     registry: Annotated[
         str | None, typer.Option(envvar="LETHE_REGISTRY", help="A database's URL; else SQLite in the data directory.")
     ] = None,
+    runs: Annotated[Path, typer.Option(help="Federation runs that the console shows.")] = Path("runs"),
 ) -> None:
-    """Serve every user's own adapter over HTTP; with no arguments, a built-in demo."""
+    """Serve every user's own adapter over HTTP, with a web console; with no arguments, a built-in demo."""
     from lethe.record import find_run
     from lethe.serve import Place
     from lethe.serve import serve as start
 
-    place = Place(host, port, data, registry)
+    place = Place(host, port, data, registry, runs)
     start(None if run is None else find_run(run), place, say=typer.echo)
 
 

@@ -1,8 +1,8 @@
-"""`lethe serve`: the personalisation service over HTTP, of a finished personal run or of a built-in demo."""
+"""`lethe serve`: the personalisation service and its console, of a finished personal run or of a built-in demo."""
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ class Place:
     """Users, adapters and the registry; else `service` in the run's directory."""
     registry: str | None = None
     """A database's URL; else SQLite in `data`."""
+    runs: Path = Path("runs")
+    """Where federations run, for the console to show."""
 
     @property
     def url(self) -> str:
@@ -40,12 +42,13 @@ def serve(run: Path | None, place: Place, *, say: Say) -> None:
     """
     import uvicorn
 
+    from lethe.shown_runs import ShownRuns
     from server.service.http import create_app
 
     service = open_service(run, place, say=say)
     try:
         key = operator_key(service, folder_of(run, place))
-        app = create_app(service)
+        app = create_app(service, runs=ShownRuns(place.runs))
         # uvicorn's own log configuration would shut down every handler of the process, and absl's closes its stream.
         settings = uvicorn.Config(
             app, host=place.host, port=place.port, log_level="warning", access_log=False, timeout_graceful_shutdown=30,
@@ -82,7 +85,7 @@ def open_service(run: Path | None, place: Place, *, say: Say) -> Service:
 
     if run is None:
         run = demo_run(listen=lambda part: say(f"preparing the demo: {part}"))
-        place = Place(place.host, place.port, folder_of(None, place), place.registry)
+        place = replace(place, data=folder_of(None, place))
     opened = open_run(run)
     folder = folder_of(run, place)
     users = LifelongUsers(opened.personal, opened.log, directory=folder / "users")
@@ -117,3 +120,4 @@ def _announce(service: Service, place: Place, key: str, say: Say) -> None:
     say(f"serving {len(users):,} users at {place.url} (documentation: {place.url}/docs)")
     say(f"operator's key: {key}")
     say(f"try: curl -H 'Authorization: Bearer {key}' '{place.url}/v1/users/{name}/recommendations?count=3'")
+    say(f"console: {place.url}/console  sign in with {key}")
