@@ -21,7 +21,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-deployment lint format bench clean
+.PHONY: help install demo test test-deployment lint format protos bench clean
 
 help: ## List what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -44,6 +44,9 @@ lint: $(ALL) ## Check style and types
 
 format: $(ALL) ## Fix what ruff can fix
 	@$(BIN)/ruff check --fix-only --quiet . && $(BIN)/ruff format .
+
+protos: $(ALL) ## Make the Python of the gRPC calls from server/service/personal.proto
+	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. server/service/personal.proto
 
 bench: $(ALL) ## Run every benchmark (many minutes); figures go to benchmarks/results
 	@set -e; for name in $(BENCHMARKS); do echo "== $$name"; HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.$$name; done

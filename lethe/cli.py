@@ -98,12 +98,15 @@ def personalize(recipe: Recipe, overrides: Overrides = None, quiet: Quiet = Fals
 
 
 @app.command()
-def serve(
+def serve(  # noqa: PLR0917 - typer reads options by name
     run: Annotated[
         str | None, typer.Option("--run", help="A finished personal run (runs/NAME, or its name); else a demo.")
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen at.", min=1, max=65535)] = 8420,
+    grpc_port: Annotated[
+        int | None, typer.Option(help="Serve the same calls over gRPC at this port.", min=1, max=65535)
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="Users, adapters, registry; else `service` in the run.")] = None,
     registry: Annotated[
         str | None, typer.Option(envvar="LETHE_REGISTRY", help="A database's URL; else SQLite in the data directory.")
@@ -114,7 +117,7 @@ def serve(
     from lethe.serve import Place
     from lethe.serve import serve as start
 
-    place = Place(host, port, data, registry)
+    place = Place(host, port, data, registry, grpc_port)
     start(None if run is None else find_run(run), place, say=typer.echo)
 
 

@@ -1,8 +1,9 @@
-"""`lethe serve`: the personalisation service over HTTP, of a finished personal run or of a built-in demo."""
+"""`lethe serve`: the personalisation service over HTTP and gRPC, of a finished personal run or of a built-in demo."""
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ class Place:
     """Users, adapters and the registry; else `service` in the run's directory."""
     registry: str | None = None
     """A database's URL; else SQLite in `data`."""
+    grpc_port: int | None = None
+    """Where the same calls are served over gRPC; None for nowhere."""
 
     @property
     def url(self) -> str:
@@ -51,16 +54,32 @@ def serve(run: Path | None, place: Place, *, say: Say) -> None:
             server_header=False,
         )  # fmt: skip
         server = uvicorn.Server(settings)
-        _announce(service, place, key, say)
-        try:
-            server.run()
-        except SystemExit as error:
-            # uvicorn has told the reason on its log already, and ends the process where it cannot listen.
-            raise ConfigError(
-                f"--port {place.port}: the service cannot listen at {place.host}; choose another port"
-            ) from error
+        with _door(service, place):
+            _announce(service, place, key, say)
+            try:
+                server.run()
+            except SystemExit as error:
+                # uvicorn has told the reason on its log already, and ends the process where it cannot listen.
+                raise ConfigError(
+                    f"--port {place.port}: the service cannot listen at {place.host}; choose another port"
+                ) from error
     finally:
         service.close()
+
+
+@contextmanager
+def _door(service: Service, place: Place) -> Iterator[None]:
+    """Serve over gRPC too, where that is asked for."""
+    if place.grpc_port is None:
+        yield
+        return
+    from server.service.door import Door
+
+    door = Door(service, host=place.host, port=place.grpc_port)
+    try:
+        yield
+    finally:
+        door.close()
 
 
 def folder_of(run: Path | None, place: Place) -> Path:
@@ -81,7 +100,7 @@ def open_service(run: Path | None, place: Place, *, say: Say) -> Service:
 
     if run is None:
         run = demo_run(listen=lambda part: say(f"preparing the demo: {part}"))
-        place = Place(place.host, place.port, folder_of(None, place), place.registry)
+        place = replace(place, data=folder_of(None, place))
     opened = open_run(run)
     folder = folder_of(run, place)
     users = LifelongUsers(opened.personal, opened.log, directory=folder / "users")
@@ -114,5 +133,7 @@ def _announce(service: Service, place: Place, key: str, say: Say) -> None:
     users: Any = service.users
     name = users.names()[0] if len(users) else "USER"
     say(f"serving {len(users):,} users at {place.url} (documentation: {place.url}/docs)")
+    if place.grpc_port is not None:
+        say(f"the same calls over gRPC at {place.host}:{place.grpc_port} (lethe.v1.Personal; reflection is on)")
     say(f"operator's key: {key}")
     say(f"try: curl -H 'Authorization: Bearer {key}' '{place.url}/v1/users/{name}/recommendations?count=3'")
