@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lethe.adapters import app as adapters_app
 from lethe.deploy import app as deploy_app
 from lora.errors import LetheError, RunError
 
@@ -38,6 +39,7 @@ privacy_app = typer.Typer(no_args_is_help=True, suggest_commands=False, help="Sh
 app.add_typer(config_app, name="config")
 app.add_typer(privacy_app, name="privacy")
 app.add_typer(deploy_app, name="deploy")
+app.add_typer(adapters_app, name="adapters")
 
 Recipe = Annotated[str, typer.Argument(help="A run file, or the name of a shipped recipe (`lethe recipes`).")]
 Overrides = Annotated[

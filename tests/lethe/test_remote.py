@@ -5,7 +5,6 @@ import json
 import subprocess
 import sys
 import threading
-import time
 import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -13,14 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 
 from lethe import Client
 from lethe.remote import User
 from lethe.remote_answers import Event
 from lora.errors import Busy, ConfigError, DataError, Denied, LetheError, ServiceError, Unavailable, Unknown
 from server.service.adapters import NewAdapter
-from server.service.http import create_app
 from tests.server.service.conftest import (  # noqa: F401 - fixtures
     Encoder,
     drawn,
@@ -29,25 +26,11 @@ from tests.server.service.conftest import (  # noqa: F401 - fixtures
     personal,
     site,
     text_encoder,
+    url,
 )
 from tests.server.service.site import NEXT, Site
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def url(site: Site, free_port: int) -> Iterator[str]:  # noqa: F811
-    settings = uvicorn.Config(
-        create_app(site.service), host="127.0.0.1", port=free_port, lifespan="off", log_level="error"
-    )
-    server = uvicorn.Server(settings)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{free_port}"
-    server.should_exit = True
-    thread.join()
 
 
 @pytest.fixture
