@@ -21,7 +21,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-deployment lint format protos bench clean
+.PHONY: help install demo test test-deployment soak lint format protos bench clean
 
 help: ## List what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -31,11 +31,14 @@ install: $(ALL) ## Create .venv with everything that tests, checks and benchmark
 demo: $(DEMO) ## Fine-tune a real model with four simulated clients, privately (minutes, no GPU, no hub)
 	HF_HUB_OFFLINE=1 $(BIN)/lethe simulate quickstart
 
-test: $(ALL) ## Run all tests but those of deployments (arguments by ARGS="tests/lora -x")
-	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not deployment' $(ARGS)
+test: $(ALL) ## Run all tests but those of deployments and the slow ones (arguments by ARGS="tests/lora -x")
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not deployment and not slow' $(ARGS)
 
 test-deployment: $(ALL) ## Run the tests that start a federation's processes on loopback (minutes; nginx if it is there)
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m deployment $(ARGS)
+
+soak: $(ALL) ## Load the service from all sides and watch its memory (10 minutes; others by SOAK=30)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 LETHE_SOAK=$(or $(SOAK),600) $(BIN)/python -m pytest -m slow -s tests/server/service/test_soak.py
 
 lint: $(ALL) ## Check style and types
 	@$(BIN)/ruff check . || { echo "lint: fix it with  make format  (what it leaves needs a hand)"; exit 1; }
