@@ -311,14 +311,16 @@ def measured(chosen: argparse.Namespace) -> tuple[dict[str, float], list[list[st
     figures |= _million(encoder, chosen.million)
     del encoder
     # Imported late: the servers' processes import this module for the model and the slots.
-    from benchmarks.serving_load import under_load
+    from benchmarks.serving_load import bare_engine, under_load
 
-    figures |= under_load(
-        {"name": chosen.model, "device": "cpu"}, clients=chosen.clients, seconds=chosen.seconds, users=chosen.users
-    )
+    model = {"name": chosen.model, "device": "cpu"}
+    figures |= bare_engine(model, users=chosen.users, seconds=chosen.seconds)
+    figures |= under_load(model, clients=chosen.clients, seconds=chosen.seconds, users=chosen.users)
     for tokens in (8, 32):
-        one, other = (figures[f"{kind}_rps_c32_{tokens}tok"] for kind in ("bank", "peft"))
-        figures[f"rps_over_peft_c32_{tokens}tok"] = one / other
+        for name, figure, over in (("rps", "rps", "bank"), ("cpu", "cpu_ms", "peft")):
+            found = {kind: figures[f"{kind}_{figure}_c32_{tokens}tok"] for kind in ("bank", "peft")}
+            under = next(kind for kind in found if kind != over)
+            figures[f"{name}_over_{'peft' if name == 'rps' else 'bank'}_c32_{tokens}tok"] = found[over] / found[under]
     figures["p99_ms_c32"] = figures["bank_p99_ms_c32_8tok"]
     known = {row[0] for row in rows}
     rows += [[name, f"{value:.3g}", ""] for name, value in figures.items() if name not in known]

@@ -15,10 +15,12 @@ from lora.errors import LetheError, nearest
 if TYPE_CHECKING:
     from lethe.config import PersonalRun, RunFile, from_mapping, load_personal_run, load_run_file, recipes, to_yaml
     from lethe.personal_run import personalize
+    from lethe.remote import Client
     from lethe.report import write_report
     from lethe.run import resume, simulate
 
 __all__ = [
+    "Client",
     "LetheError",
     "PersonalRun",
     "RunFile",
@@ -34,6 +36,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Client": "lethe.remote",
     "PersonalRun": "lethe.config",
     "RunFile": "lethe.config",
     "from_mapping": "lethe.config",

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lethe.adapters import app as adapters_app
 from lethe.deploy import app as deploy_app
 from lethe.forget import app as forget_app
 from lora.errors import LetheError, RunError
@@ -40,6 +41,7 @@ app.add_typer(config_app, name="config")
 app.add_typer(privacy_app, name="privacy")
 app.add_typer(deploy_app, name="deploy")
 app.add_typer(forget_app, name="forget")
+app.add_typer(adapters_app, name="adapters")
 
 Recipe = Annotated[str, typer.Argument(help="A run file, or the name of a shipped recipe (`lethe recipes`).")]
 Overrides = Annotated[
@@ -106,6 +108,9 @@ def serve(  # noqa: PLR0917 - typer reads options by name
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen at.", min=1, max=65535)] = 8420,
+    grpc_port: Annotated[
+        int | None, typer.Option(help="Serve the same calls over gRPC at this port.", min=1, max=65535)
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="Users, adapters, registry; else `service` in the run.")] = None,
     registry: Annotated[
         str | None, typer.Option(envvar="LETHE_REGISTRY", help="A database's URL; else SQLite in the data directory.")
@@ -117,7 +122,7 @@ def serve(  # noqa: PLR0917 - typer reads options by name
     from lethe.serve import Place
     from lethe.serve import serve as start
 
-    place = Place(host, port, data, registry, runs)
+    place = Place(host, port, data, registry, runs, grpc_port)
     start(None if run is None else find_run(run), place, say=typer.echo)
 
 

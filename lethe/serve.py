@@ -1,7 +1,8 @@
-"""`lethe serve`: the personalisation service and its console, of a finished personal run or of a built-in demo."""
+"""`lethe serve`: the personalisation service by HTTP, gRPC and console, of a finished personal run or of a demo."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ class Place:
     """A database's URL; else SQLite in `data`."""
     runs: Path = Path("runs")
     """Where federations run, for the console to show."""
+    grpc_port: int | None = None
+    """Where the same calls are served over gRPC; None for nowhere."""
 
     @property
     def url(self) -> str:
@@ -55,16 +58,32 @@ def serve(run: Path | None, place: Place, *, say: Say) -> None:
             server_header=False, log_config=None,
         )  # fmt: skip
         server = uvicorn.Server(settings)
-        _announce(service, place, key, say)
-        try:
-            server.run()
-        except SystemExit as error:
-            # uvicorn has told the reason on its log already, and ends the process where it cannot listen.
-            raise ConfigError(
-                f"--port {place.port}: the service cannot listen at {place.host}; choose another port"
-            ) from error
+        with _door(service, place):
+            _announce(service, place, key, say)
+            try:
+                server.run()
+            except SystemExit as error:
+                # uvicorn has told the reason on its log already, and ends the process where it cannot listen.
+                raise ConfigError(
+                    f"--port {place.port}: the service cannot listen at {place.host}; choose another port"
+                ) from error
     finally:
         service.close()
+
+
+@contextmanager
+def _door(service: Service, place: Place) -> Iterator[None]:
+    """Serve over gRPC too, where that is asked for."""
+    if place.grpc_port is None:
+        yield
+        return
+    from server.service.door import Door
+
+    door = Door(service, host=place.host, port=place.grpc_port)
+    try:
+        yield
+    finally:
+        door.close()
 
 
 def folder_of(run: Path | None, place: Place) -> Path:
@@ -118,6 +137,8 @@ def _announce(service: Service, place: Place, key: str, say: Say) -> None:
     users: Any = service.users
     name = users.names()[0] if len(users) else "USER"
     say(f"serving {len(users):,} users at {place.url} (documentation: {place.url}/docs)")
+    if place.grpc_port is not None:
+        say(f"the same calls over gRPC at {place.host}:{place.grpc_port} (lethe.v1.Personal; reflection is on)")
     say(f"operator's key: {key}")
     say(f"try: curl -H 'Authorization: Bearer {key}' '{place.url}/v1/users/{name}/recommendations?count=3'")
     say(f"console: {place.url}/console  sign in with {key}")

@@ -119,6 +119,10 @@ class Adapters:
             self._known[name] = info
         return info
 
+    def remembers(self, name: str) -> bool:
+        """Return whether `known` would answer without asking the registry."""
+        return name in self._known
+
     def doubt(self) -> None:
         """Have `known` ask the registry again: it has changed."""
         self._age += 1

@@ -5,14 +5,16 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
-from lora.errors import DataError, LetheError
+from lora.errors import Busy, DataError, LetheError
 from server.service import bodies
+from server.service.arrivals import PATIENCE, all_told
 from server.service.generation import WriteAsked, Written
 from server.service.identity import Caller
 from server.service.problems import problem
@@ -77,48 +79,71 @@ def _number() -> str:
     return f"cmpl-{secrets.token_hex(12)}"
 
 
-async def streamed(
-    service: Service, caller: Caller, body: bodies.CompletionBody, wanted: Sequence[WriteAsked]
-) -> StreamingResponse:
-    """Return a stream of server-sent events, a piece of text each; errors before the first piece are plain errors."""
-    loop, pieces = asyncio.get_running_loop(), asyncio.Queue[Any]()
+async def whole(
+    service: Service, caller: Caller, body: bodies.CompletionBody, *, patience: float = PATIENCE
+) -> bodies.Completion:
+    """Go on with all prompts, and return them together."""
+    wanted = await run_in_threadpool(asked, service, body)
+    futures = await run_in_threadpool(service.complete_all, caller, wanted)
+    return completed(service, body, await all_told(futures, patience=patience))
+
+
+async def pieces(
+    service: Service, caller: Caller, body: bodies.CompletionBody, *, patience: float = PATIENCE
+) -> AsyncIterator[dict[str, Any]]:
+    """Yield the pieces of one text, the last with the end's reason, the usage and whose it is.
+
+    Raises what `Service.complete` raises, also in the middle: a text ends where its user is forgotten. Busy where no
+    piece comes within `patience` seconds.
+    """
+    loop, waiting = asyncio.get_running_loop(), asyncio.Queue[Any]()
 
     def hand_out(piece: object) -> None:
-        loop.call_soon_threadsafe(pieces.put_nowait, piece)
+        # Of a loop that is closed nobody hears any more.
+        with suppress(RuntimeError):
+            loop.call_soon_threadsafe(waiting.put_nowait, piece)
 
-    (one,) = wanted
-    heard = WriteAsked(**{**vars(one), "listener": hand_out})
-    future = await run_in_threadpool(service.complete, caller, heard)
+    (one,) = await run_in_threadpool(asked, service, body)
+    future = await run_in_threadpool(service.complete, caller, replace(one, listener=hand_out))
     future.add_done_callback(lambda _: hand_out(_END))
-    first = await pieces.get()
-    if first is _END and future.exception() is not None:
-        raise future.exception() or LetheError()
-    events = _events(service, body, future, first, pieces)
-    return StreamingResponse(events, media_type="text/event-stream")
-
-
-async def _events(
-    service: Service, body: bodies.CompletionBody, future: "Future[Any]", first: object, pieces: "asyncio.Queue[Any]"
-) -> AsyncIterator[str]:
-    number, created, piece = _number(), int(time.time()), first
+    number, created = _number(), int(time.time())
     try:
-        while piece is not _END:
+        while (piece := await _next(waiting, patience)) is not _END:
             # Nothing is handed out any more once the text was ended by a request to forget.
             if not (future.done() and future.exception() is not None):
-                yield _event(_piece(body, number, created, text=str(piece), finish=None))
-            piece = await pieces.get()
-        error = future.exception()
-        if error is not None:
-            yield _event(problem(type(error).__name__, str(error)))
-            return
+                yield _piece(body, number, created, text=str(piece), finish=None)
         written: Written = future.result()
-        whole = completed(service, body, [written]).model_dump()
+        told = completed(service, body, [written]).model_dump()
         last = _piece(body, number, created, text="", finish=written.finish)
-        yield _event(last | {"usage": whole["usage"], "whose": whole["whose"]})
-        yield "data: [DONE]\n\n"
+        yield last | {"usage": told["usage"], "whose": told["whose"]}
     finally:
         # Whoever went away before the end is not written for any longer.
         future.cancel()
+
+
+async def _next(waiting: "asyncio.Queue[Any]", patience: float) -> object:
+    try:
+        return await asyncio.wait_for(waiting.get(), patience)
+    except TimeoutError:
+        raise Busy(f"no text within {patience:g} s; ask again later", retry_after=5) from None
+
+
+async def streamed(service: Service, caller: Caller, body: bodies.CompletionBody) -> StreamingResponse:
+    """Return a stream of server-sent events, a piece of text each; errors before the first piece are plain errors."""
+    coming = pieces(service, caller, body)
+    first = await anext(coming)
+    return StreamingResponse(_events(first, coming), media_type="text/event-stream")
+
+
+async def _events(first: dict[str, Any], coming: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
+    yield _event(first)
+    try:
+        async for piece in coming:
+            yield _event(piece)
+    except LetheError as error:
+        yield _event(problem(type(error).__name__, str(error)))
+        return
+    yield "data: [DONE]\n\n"
 
 
 def _piece(

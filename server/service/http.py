@@ -1,9 +1,7 @@
 """The service over HTTP: `create_app` makes the FastAPI application, with the console and what documents it all."""
 
-import asyncio
 import time
 from collections.abc import AsyncIterator
-from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, Literal
 
@@ -12,31 +10,25 @@ from fastapi import Path as InPath
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.concurrency import run_in_threadpool
 
-from lora.errors import Busy, DataError
 from server.console.documentation import documentation
 from server.console.pages import HOME, SecureHeaders, moved
 from server.console.runs import Runs
 from server.console.sessions import Sessions
 from server.console.site import console
-from server.service import bodies, completions
-from server.service.answers import PLAIN
+from server.service import bodies, calls, completions
 from server.service.edge import BodyLimit, Counted
-from server.service.identity import Caller, NoKey, digest_of
+from server.service.identity import Caller
 from server.service.peft import LARGEST
 from server.service.problems import DOCUMENTED, install
-from server.service.recommending import RecommendAsked, Recommended
+from server.service.recommending import RecommendAsked
 from server.service.service import Service
 from server.service.tables import LONGEST_NAME
-from server.service.texts import TextAnswer, TextAsked
-from strategies.personal.events import Event
 
-PATIENCE = 60.0
-"""Seconds that a request waits for its answer at most."""
-_NO_KEY = "the request has no API key; send Authorization: Bearer KEY"
 _bearer = HTTPBearer(auto_error=False, description="An API key; `lethe serve` prints the first.")
 
 
-def _service(request: Request) -> Service:
+async def _service(request: Request) -> Service:
+    # Not awaiting anything: a plain function would be sent to another thread and back for every request.
     found: Service = request.app.state.service
     return found
 
@@ -47,13 +39,7 @@ ServiceOf = Annotated[Service, Depends(_service)]
 async def _caller(
     service: ServiceOf, given: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 ) -> Caller:
-    if given is None:
-        raise NoKey(_NO_KEY)
-    caller = service.keys.remembered(digest_of(given.credentials))
-    if caller is None:
-        caller = await run_in_threadpool(service.keys.caller, given.credentials)
-    service.rates.take(caller.key)
-    return caller
+    return await calls.caller_of(service, None if given is None else given.credentials)
 
 
 CallerOf = Annotated[Caller, Depends(_caller)]
@@ -61,14 +47,6 @@ User = Annotated[str, InPath(min_length=1, max_length=LONGEST_NAME, description=
 AdapterName = Annotated[str, InPath(min_length=1, max_length=LONGEST_NAME)]
 Number = Annotated[str, InPath(min_length=1, max_length=64)]
 Fallback = Literal["none", "cold"]
-
-
-async def told(future: "Future[Any]") -> Any:
-    """Wait for an engine's answer. Raises Busy after `PATIENCE` seconds."""
-    try:
-        return await asyncio.wait_for(asyncio.wrap_future(future), PATIENCE)
-    except TimeoutError:
-        raise Busy(f"no answer within {PATIENCE:g} s; ask again later", retry_after=5) from None
 
 
 api = APIRouter(prefix="/v1", responses=DOCUMENTED)
@@ -85,8 +63,7 @@ def post_events(
 
     With an Idempotency-Key the same request may be sent again: it takes effect once.
     """
-    events = [Event(user, each.item, each.rating, each.time) for each in body.events]
-    return bodies.Observed(**service.observe(caller, user, events, key=idempotency_key))
+    return calls.observed(service, caller, user, body, key=idempotency_key)
 
 
 @api.get("/users/{user}", tags=["users"])
@@ -94,13 +71,7 @@ def get_user(
     user: User, service: ServiceOf, caller: CallerOf, latest: Annotated[int, Query(ge=0, le=10_000)] = 100
 ) -> bodies.UserBody:
     """Show what is known of a user: the adapter's version, and the `latest` events, the last first."""
-    found = service.user(caller, user)
-    titles = service.titles
-    events = found.events[::-1][:latest]
-    history = [
-        bodies.HistoryEvent(item=e.item, title=titles.get(e.item, e.item), rating=e.rating, time=e.time) for e in events
-    ]
-    return bodies.UserBody(user=user, adapter_version=found.version, events=len(found.events), history=history)
+    return calls.shown(service, caller, user, latest=latest)
 
 
 @api.delete("/users/{user}", tags=["users", "forgetting"])
@@ -120,13 +91,7 @@ async def get_recommendations(  # noqa: PLR0917 - FastAPI reads parameters by na
     is not known in the same way, instead of 404. The answer says which it was.
     """
     asked = RecommendAsked(user, count=count, personalized=personalized, fallback=fallback)
-    found: Recommended = await told(service.recommend(caller, asked))
-    service.metrics.answered("recommend", found.provenance)
-    return bodies.Recommendations(user=user, items=_rated(found), whose=bodies.Whose.of(found.provenance))
-
-
-def _rated(found: Recommended) -> list[bodies.RatedBody]:
-    return [bodies.RatedBody(item=each.item, title=each.title, like=each.like) for each in found.items]
+    return await calls.recommendations(service, caller, asked)
 
 
 @api.post("/users/{user}/predictions", tags=["users"])
@@ -134,27 +99,7 @@ async def post_predictions(
     user: User, body: bodies.PredictionsBody, service: ServiceOf, caller: CallerOf
 ) -> bodies.Predictions:
     """Predict how likely the user is to like items, or classify or embed texts with the user's adapter."""
-    if (body.items is None) == (body.texts is None):
-        raise DataError("predictions are about items or about texts; send one of the two")
-    if body.items is not None:
-        asked = RecommendAsked(user, items=tuple(body.items), personalized=body.personalized, fallback=body.fallback)
-        found: Recommended = await told(service.recommend(caller, asked))
-        service.metrics.answered("predict", found.provenance)
-        return bodies.Predictions(user=user, items=_rated(found), whose=bodies.Whose.of(found.provenance))
-    adapter = user if body.personalized else None
-    texts = [TextAsked(adapter, text, body.kind, reason=PLAIN) for text in body.texts or ()]
-    futures = await run_in_threadpool(service.texts, caller, user, texts, cold=body.fallback == "cold")
-    answers: list[TextAnswer] = [await told(future) for future in futures]
-    return bodies.Predictions(user=user, texts=[_text(service, body.kind, each) for each in answers])
-
-
-def _text(service: Service, kind: str, answer: TextAnswer) -> bodies.TextPrediction:
-    service.metrics.answered(kind, answer.provenance)
-    whose = bodies.Whose.of(answer.provenance)
-    if kind == "embed":
-        return bodies.TextPrediction(shares=None, embedding=[*answer.values], whose=whose)
-    shares = dict(zip(service.labels, answer.values, strict=True))
-    return bodies.TextPrediction(shares=shares, embedding=None, whose=whose)
+    return await calls.predictions(service, caller, user, body)
 
 
 # --- Forgetting ------------------------------------------------------------------------------------------------------
@@ -259,11 +204,9 @@ def get_models(service: ServiceOf, caller: CallerOf) -> bodies.ModelList:
 @api.post("/completions", tags=["completions"], response_model=bodies.Completion)
 async def post_completion(body: bodies.CompletionBody, service: ServiceOf, caller: CallerOf) -> Any:
     """Go on with a text, as OpenAI's clients ask for it; with `stream` as server-sent events."""
-    asked = await run_in_threadpool(completions.asked, service, body)
     if body.stream:
-        return await completions.streamed(service, caller, body, asked)
-    futures = await run_in_threadpool(lambda: [service.complete(caller, each) for each in asked])
-    return completions.completed(service, body, [await told(future) for future in futures])
+        return await completions.streamed(service, caller, body)
+    return await completions.whole(service, caller, body)
 
 
 # --- Operation -------------------------------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ def install(app: FastAPI) -> None:
 
     async def invalid(_: Request, error: Exception) -> JSONResponse:
         found = error.errors() if isinstance(error, RequestValidationError) else []
-        return JSONResponse(problem("RequestError", _faults(found)), 422)
+        return JSONResponse(problem("RequestError", faults(found)), 422)
 
     async def routed(_: Request, error: Exception) -> JSONResponse:
         status = error.status_code if isinstance(error, HTTPException) else 500
@@ -99,7 +99,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(Exception, unknown)
 
 
-def _faults(found: Any) -> str:
+def faults(found: Any) -> str:
     """Name every fault at its place; values are not repeated, since they may be long, or private."""
     lines = [f"{'.'.join(str(part) for part in each['loc'])}: {each['msg'].lower()}" for each in found[:10]]
     return f"{'; '.join(lines) or 'the request is wrong'}; GET /openapi.json says what is expected"

@@ -4,13 +4,13 @@ Every method takes the caller first and decides what they may see; nothing here 
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from lora.errors import ConfigError, DataError, Denied, ModelError, Unknown
+from lora.errors import ConfigError, DataError, Denied, ModelError, ServiceError, Unknown
 from lora.model import AdaptedModel
 from server.service.adapters import READY, AdapterInfo, Adapters, NewAdapter, RegistrySource
 from server.service.answers import COLD
@@ -207,7 +207,7 @@ class Service:
                 if not cold:
                     raise
                 asked = [replace(each, adapter=None, reason=COLD) for each in asked]
-        return [self.engines["texts"].submit(user, each) for each in asked]
+        return _all_or_none(lambda each: self.engines["texts"].submit(user, each), asked)
 
     @cached_property
     def titles(self) -> dict[str, str]:
@@ -255,6 +255,10 @@ class Service:
             self._may_use(caller, asked.adapter, self.served[self.writer.name])
         owner = f"/{caller.key}" if asked.adapter is None else asked.adapter
         return self.engines["writing"].submit(owner, asked)
+
+    def complete_all(self, caller: Caller, asked: Sequence[WriteAsked]) -> "list[Future[Any]]":
+        """Return a `Written` to come for every one, as `complete` does; where one is refused, all are."""
+        return _all_or_none(lambda each: self.complete(caller, each), asked)
 
     def infos(self, caller: Caller) -> list[AdapterInfo]:
         """Return the adapters that the caller may use, and their own slot."""
@@ -376,3 +380,16 @@ class Service:
 
 def _visible(caller: Caller, info: AdapterInfo) -> bool:
     return caller.role != "user" or info.owner is None or info.owner == caller.owner
+
+
+def _all_or_none(submit: "Callable[[Any], Future[Any]]", asked: Sequence[Any]) -> "list[Future[Any]]":
+    """Have every request accepted; where one is refused, those that were accepted before it are given up."""
+    futures: list[Future[Any]] = []
+    try:
+        for each in asked:
+            futures.append(submit(each))
+    except ServiceError:
+        for future in futures:
+            future.cancel()
+        raise
+    return futures

@@ -10,6 +10,7 @@ import lethe
 
 ROOT = Path(__file__).parents[2]
 PUBLIC = {
+    "Client",
     "LetheError",
     "PersonalRun",
     "RunFile",

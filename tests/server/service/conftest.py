@@ -2,6 +2,7 @@
 
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import uvicorn
 from fastapi.testclient import TestClient
 from sqlalchemy import create_engine, text
 
@@ -200,3 +202,19 @@ def site(personal: Personalized, log: Interactions, text_encoder: Encoder, tmp_p
     )  # fmt: skip
     with TestClient(create_app(service), raise_server_exceptions=False) as client:
         yield Site(service, client)
+
+
+@pytest.fixture
+def url(site: Site, free_port: int) -> Iterator[str]:
+    """The site's address, at a real port."""
+    app = create_app(site.service)
+    server = uvicorn.Server(
+        uvicorn.Config(app, host="127.0.0.1", port=free_port, lifespan="off", log_level="error", access_log=False)
+    )
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{free_port}"
+    server.should_exit = True
+    thread.join()

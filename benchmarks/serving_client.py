@@ -1,0 +1,56 @@
+"""A light client that loads a server over kept connections; for `benchmarks.serving_load`.
+
+It is run as a program of its own (`python -m benchmarks.serving_client JSON`) and imports next to nothing: what the
+client spends on the machine that it shares with the server is not the server's to answer for.
+"""
+
+import asyncio
+import json
+import sys
+import time
+
+
+async def load(
+    port: int, key: str, *, clients: int, users: int, text: str, seconds: float, warmup: float
+) -> list[float]:
+    """Ask on so many connections, one request after another on each; returns the seconds of every request."""
+    body = json.dumps({"texts": [text], "kind": "embed"}).encode()
+    for length in (warmup, seconds):
+        spent: list[float] = []
+        end = time.perf_counter() + length
+        asks = [_one(port, key, body, number, clients, users, end, spent) for number in range(clients)]
+        await asyncio.gather(*asks)
+    return spent
+
+
+async def _one(  # noqa: PLR0917 - a row of plain numbers
+    port: int, key: str, body: bytes, number: int, clients: int, users: int, end: float, spent: list[float]
+) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    turn = number
+    while time.perf_counter() < end:
+        began = time.perf_counter()
+        writer.write(_head(turn % users, key, len(body)) + body)
+        head = await reader.readuntil(b"\r\n\r\n")
+        answer = await reader.readexactly(_length(head))
+        if not head.startswith(b"HTTP/1.1 200"):
+            raise SystemExit(f"{head.decode()}{answer.decode()}")
+        spent.append(time.perf_counter() - began)
+        turn += clients
+    writer.close()
+
+
+def _head(user: int, key: str, length: int) -> bytes:
+    return (
+        f"POST /v1/users/user-{user}/predictions HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {key}\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
+    ).encode()
+
+
+def _length(head: bytes) -> int:
+    lines = (line.split(b":", 1) for line in head.split(b"\r\n")[1:] if b":" in line)
+    return next(int(value) for name, value in lines if name.lower() == b"content-length")
+
+
+if __name__ == "__main__":
+    print(json.dumps(asyncio.run(load(**json.loads(sys.argv[1])))))
