@@ -21,7 +21,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-deployment soak lint format protos bench clean
+.PHONY: help install demo test test-browser test-deployment test-faults soak lint format protos screenshots bench clean
 
 help: ## List what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -31,11 +31,17 @@ install: $(ALL) ## Create .venv with everything that tests, checks and benchmark
 demo: $(DEMO) ## Fine-tune a real model with four simulated clients, privately (minutes, no GPU, no hub)
 	HF_HUB_OFFLINE=1 $(BIN)/lethe simulate quickstart
 
-test: $(ALL) ## Run all tests but those of deployments and the slow ones (arguments by ARGS="tests/lora -x")
-	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not deployment and not slow' $(ARGS)
+test: $(ALL) ## Run all tests but those of browsers, deployments, kills and soaks (arguments by ARGS="tests/lora -x")
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not deployment and not faults and not browser and not slow' $(ARGS)
+
+test-browser: $(ALL) ## Look at the service's console in chromium, by keyboard and at phone width (skipped without it)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/server/console $(ARGS)
 
 test-deployment: $(ALL) ## Run the tests that start a federation's processes on loopback (minutes; nginx if it is there)
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m deployment $(ARGS)
+
+test-faults: $(ALL) ## Kill forget requests at every write, and compare how they end (minutes)
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults $(ARGS)
 
 soak: $(ALL) ## Load the service from all sides and watch its memory (10 minutes; others by SOAK=30)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 LETHE_SOAK=$(or $(SOAK),600) $(BIN)/python -m pytest -m slow -s tests/server/service/test_soak.py
@@ -50,6 +56,9 @@ format: $(ALL) ## Fix what ruff can fix
 
 protos: $(ALL) ## Make the Python of the gRPC calls from server/service/personal.proto
 	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. --grpc_python_out=. server/service/personal.proto
+
+screenshots: $(ALL) ## Take the README's pictures of the console anew (needs chromium)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.server.console.screenshots
 
 bench: $(ALL) ## Run every benchmark (many minutes); figures go to benchmarks/results
 	@set -e; for name in $(BENCHMARKS); do echo "== $$name"; HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.$$name; done

@@ -1,7 +1,7 @@
 """Forgetting without retained data: O3's gated slots beside methods that read the request alone and have no gate.
 
-    python -m benchmarks.gated --data FOLDER [--cache FOLDER] [--seeds 3] [--requests 6] [--on test] [--epochs 2]
-        [--coverage 0.97] [--single 4] [--retrained]
+    python -m benchmarks.gated --data FOLDER [--cache FOLDER] [--kept FOLDER] [--seeds 3] [--requests 6] [--on test]
+        [--epochs 2] [--coverage 0.97] [--single 4] [--retrained]
 
 FOLDER holds `data_full.json.gz` and `domains.json.gz` of CLINC150. The model is MiniLM with FFA-LoRA's B and a head,
 trained here on all training queries; the frozen MiniLM without them is the detectors' encoder. Requests come one after
@@ -22,11 +22,13 @@ nothing else, which an audit checks: 80 % for slot and statistics, 20 % for scal
 """
 
 import argparse
+import pickle
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -51,7 +53,7 @@ from strategies.unlearning.objectives import ASCEND, LEARN, Descent, Objective, 
 from tasks.examples import Examples
 
 COVERAGES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.99, 1.0)
-HEADING = ("method", "gate", "worst at end", "mean seen", "mean unseen", "utility loss", "worst utility loss",
+HEADING = ("method", "gate", "worst at end", "mean seen", "mean unseen", "utility loss", "worst utility loss", "H",
            "rows touched", "loss MIA", "CPU s a request")  # fmt: skip
 Marks = NDArray[np.bool_]
 
@@ -176,6 +178,8 @@ class Standing:
     utility_loss: float
     touched: float
     membership: float
+    h: float
+    """2 Acc_r Drop / (Acc_r + Drop), on unseen queries."""
 
     @property
     def worst(self) -> float:
@@ -193,12 +197,14 @@ def stands(world: World, method: Method, weighting: Weighting, done: Sequence[As
     members = [through(gate, world, world.seen(one.labels))[0] for one in done]
     strangers = [Answers(after.labels[rows], after.logits[torch.from_numpy(rows)])
                  for rows in (after.of_classes(one.labels) for one in done)]  # fmt: skip
+    staying, drop = after.accuracy(rest), before.accuracy(gone) - after.accuracy(gone)
     return Standing(
         [each.accuracy(one.labels) for each, one in zip(members, done, strict=True)],
         [after.accuracy(one.labels) for one in done],
-        100 * (before.accuracy(rest) - after.accuracy(rest)),
+        100 * (before.accuracy(rest) - staying),
         float(touched[after.of_classes(rest)].mean()),
         loss_membership(members[0], strangers[0]),
+        2 * staying * drop / max(staying + drop, 1e-9),
     )
 
 
@@ -225,31 +231,65 @@ class Found:
         return max(each.utility_loss for way in self.ways for each in way)
 
 
-def streamed(world: World, chosen: argparse.Namespace, found: dict[tuple[str, str], Found]) -> dict[str, Method]:
-    """Answer the whole stream with every recipe; the first gate of a recipe is measured after every request."""
-    requests = [asked(world, labels) for labels in world.corpus.sequence]
+@dataclass
+class Course:
+    """What one recipe made of the stream with one seed: the standing under every gate, after requests or at the end."""
+
+    method: Method
+    ways: dict[Weighting, list[Standing]] = field(default_factory=dict)
+
+
+def course_of(world: World, recipe: Recipe, requests: Sequence[Asked], chosen: argparse.Namespace) -> Course:
+    """Answer the whole stream by a recipe; its first gate is measured after every request if it is a gate."""
+    course, gone = Course(Method()), list[int]()
+    for number, one in enumerate(requests, start=1):
+        gone += one.labels
+        answered(world, recipe, one, course.method, gone=gone, chosen=chosen)
+        if recipe.gates[0] != "always" or number == len(requests):
+            course.ways.setdefault(recipe.gates[0], []).append(
+                stands(world, course.method, recipe.gates[0], requests[:number])
+            )
+            say(world, recipe, f"after {number}", course.ways[recipe.gates[0]][-1])
+    for weighting in recipe.gates[1:]:
+        course.ways[weighting] = [stands(world, course.method, weighting, requests)]
+        say(world, recipe, weighting, course.ways[weighting][-1])
+    return course
+
+
+def say(world: World, recipe: Recipe, when: str, standing: Standing) -> None:
+    """Print a standing."""
+    print(f"seed {world.seed}, {recipe.name}, {when}: {told(standing)}", flush=True)
+
+
+def kept(world: World, recipe: Recipe, requests: Sequence[Asked], chosen: argparse.Namespace) -> Course:
+    """Return a course that was kept, or make and keep it: a run that breaks off goes on where it was."""
+    if chosen.kept is None:
+        return course_of(world, recipe, requests, chosen)
+    told_by = (chosen.on, len(requests), chosen.epochs, chosen.single, chosen.rate, chosen.coverage, world.seed)
+    path = chosen.kept / ("gated-" + "-".join(map(str, told_by)) + f"-{recipe.name.replace(' ', '_')}.pickle")
+    if path.is_file():
+        return cast(Course, pickle.loads(path.read_bytes()))
+    made = course_of(world, recipe, requests, chosen)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(pickle.dumps(made))
+    return made
+
+
+def streamed(
+    world: World, requests: Sequence[Asked], chosen: argparse.Namespace, found: dict[tuple[str, str], Found]
+) -> dict[str, Method]:
+    """Answer the whole stream with every recipe."""
     made: dict[str, Method] = {}
     for recipe in RECIPES:
         if chosen.methods and recipe.name not in chosen.methods:
             continue
-        gone: list[int] = []
-        way: list[Standing] = []
-        method = made.setdefault(recipe.name, Method())
-        for number, one in enumerate(requests, start=1):
-            gone += one.labels
-            answered(world, recipe, one, method, gone=gone, chosen=chosen)
-            if "always" not in recipe.gates[:1] or number == len(requests):
-                way.append(stands(world, method, recipe.gates[0], requests[:number]))
-                print(f"seed {world.seed}, {recipe.name}, after {number}: {told(way[-1])}", flush=True)
-        for weighting in recipe.gates:
-            first = weighting == recipe.gates[0]
-            end = way[-1] if first else stands(world, method, weighting, requests)
+        course = kept(world, recipe, requests, chosen)
+        made[recipe.name] = course.method
+        for weighting, way in course.ways.items():
             each = found.setdefault((recipe.name, weighting), Found())
-            each.ends.append(end)
-            each.ways.append(way if first else [end])
-            each.seconds += method.seconds
-            if not first:
-                print(f"seed {world.seed}, {recipe.name}, {weighting}: {told(end)}", flush=True)
+            each.ends.append(way[-1])
+            each.ways.append(way)
+            each.seconds += course.method.seconds
     return made
 
 
@@ -348,7 +388,7 @@ def figures_of(found: Mapping[tuple[str, str], Found], more: Mapping[str, float]
             f"{key}_worst_end": each.worst, f"{key}_utility_loss": each.mean(lambda end: end.utility_loss),
             f"{key}_seen_end": each.mean(lambda end: statistics.fmean(end.seen)),
             f"{key}_unseen_end": each.mean(lambda end: statistics.fmean(end.unseen)),
-            f"{key}_loss_mia": each.mean(lambda end: end.membership),
+            f"{key}_h": each.mean(lambda end: end.h), f"{key}_loss_mia": each.mean(lambda end: end.membership),
             f"{key}_s": statistics.fmean(each.seconds),
         }  # fmt: skip
     ours = found.get((RECIPES[0].name, "hard"))
@@ -367,6 +407,7 @@ def table(found: Mapping[tuple[str, str], Found]) -> list[list[str]]:
                   each.mean(lambda end: statistics.fmean(end.unseen))]  # fmt: skip
         losses = [each.mean(lambda end: end.utility_loss), each.worst_loss]
         rows.append([name, gate, *(f"{100 * share:.1f}" for share in shares), *(f"{loss:.2f}" for loss in losses),
+                     f"{100 * each.mean(lambda end: end.h):.1f}",
                      f"{100 * each.mean(lambda end: end.touched):.1f}", f"{each.mean(lambda end: end.membership):.3f}",
                      f"{statistics.fmean(each.seconds):.1f}"])  # fmt: skip
     return rows
@@ -380,8 +421,8 @@ def measured(chosen: argparse.Namespace) -> tuple[dict[tuple[str, str], Found], 
     lowest: list[float] = []
     for seed in range(chosen.seeds):
         world = made_world(corpus, cache=chosen.cache, seed=seed)
-        made = streamed(world, chosen, found)
         requests = [asked(world, labels) for labels in corpus.sequence]
+        made = streamed(world, requests, chosen, found)
         lowest += aurocs(world, requests, chosen.coverage)
         if seed == 0:
             before = Answers(np.asarray(world.asked.tokens.labels, dtype=np.int64), world.asked.logits)
@@ -405,6 +446,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Forgetting without retained data, gated and not.")
     parser.add_argument("--data", type=Path, help="the folder of CLINC150; without it nothing is measured")
     parser.add_argument("--cache", type=Path, help="folder of trained models, filled where empty")
+    parser.add_argument("--kept", type=Path, help="folder of what is measured, from which a broken run goes on")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--requests", type=int, default=6)
     parser.add_argument("--on", choices=("test", "validation"), default="test")
@@ -423,7 +465,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found, more = measured(chosen)
     except LetheError as error:
         raise SystemExit(f"error: {error}") from None
-    about = {key: value for key, value in vars(chosen).items() if key not in ("data", "cache")}
+    about = {key: value for key, value in vars(chosen).items() if key not in ("data", "cache", "kept")}
     publish("unlearning", figures=figures_of(found, more), rows=table(found), about=settings(**about), part="gated")
 
 

@@ -396,10 +396,12 @@ def figures_of(name: str, found: Mapping[str, Found], beside: Mapping[tuple[str,
         figures |= {key: interval.value, f"{key}_low": interval.low, f"{key}_high": interval.high}
     for arm, each in found.items():
         key = f"{name}_{arm}".replace(" + ", "_").replace(" ", "_").replace("-", "_")
-        for figure, values in each.figures.items():
-            figures[f"{key}_{figure}"] = statistics.fmean(values)
-            if figure in ("auc", "log_loss", "stacked", "ndcg10") and len(values) > 1:
-                figures[f"{key}_{figure}_spread"] = statistics.stdev(values)
+        for figure in each.figures:
+            mean, spread = each.mean(figure), each.spread(figure)
+            if mean is not None:
+                figures[f"{key}_{figure}"] = mean
+            if spread is not None and figure in ("auc", "log_loss", "stacked", "ndcg10"):
+                figures[f"{key}_{figure}_spread"] = spread
     return figures
 
 

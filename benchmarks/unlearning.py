@@ -8,7 +8,8 @@
 - texts: MiniLM on CLINC150 (a folder with data_full.json.gz and domains.json.gz); the domains work, travel, home and
   banking are forgotten, then single intents.
 - few-shot, missing: a vision transformer trained here on an MNIST-shaped file (or on built-in digits), four requests of
-  two classes; few-shot has 4 rows a class, in `missing` classes 0 and 1 have no replay row.
+  two classes (the last of one in `missing`); few-shot has 4 rows a class, in `missing` classes 0 and 1 have no replay
+  row.
 
 Every method gets the same rows and the same number of steps. `--on validation` is for choosing settings.
 `--retrained N` trains N classifiers without the requests' rows on all the others: seconds against those of a request,
@@ -128,7 +129,10 @@ def images(chosen: argparse.Namespace, name: str) -> Course:
     splits = load_images(Path(chosen.images)) if chosen.images else builtin_images()
     few = name == "few-shot"
     classes = len(splits.label_names)
-    sequence = tuple((label - 1, label) for label in range(classes - 1, 2, -2))
+    sequence: tuple[tuple[int, ...], ...] = tuple((label - 1, label) for label in range(classes - 1, 2, -2))
+    if not few:
+        # The last pair would leave classes of which there is no row.
+        sequence = (*sequence[:-1], sequence[-1][1:])
     return Course(
         name,
         lambda seed: image_classifier(VitConfig(side=splits.train.pixels.shape[2]), classes=classes, seed=seed),

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from lethe.adapters import app as adapters_app
 from lethe.deploy import app as deploy_app
+from lethe.forget import app as forget_app
 from lora.errors import LetheError, RunError
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ app.add_typer(config_app, name="config")
 app.add_typer(privacy_app, name="privacy")
 app.add_typer(deploy_app, name="deploy")
 app.add_typer(adapters_app, name="adapters")
+app.add_typer(forget_app, name="forget")
 
 Recipe = Annotated[str, typer.Argument(help="A run file, or the name of a shipped recipe (`lethe recipes`).")]
 Overrides = Annotated[
@@ -113,13 +115,14 @@ def serve(  # noqa: PLR0917 - typer reads options by name
     registry: Annotated[
         str | None, typer.Option(envvar="LETHE_REGISTRY", help="A database's URL; else SQLite in the data directory.")
     ] = None,
+    runs: Annotated[Path, typer.Option(help="Federation runs that the console shows.")] = Path("runs"),
 ) -> None:
-    """Serve every user's own adapter over HTTP; with no arguments, a built-in demo."""
+    """Serve every user's own adapter over HTTP, with a web console; with no arguments, a built-in demo."""
     from lethe.record import find_run
     from lethe.serve import Place
     from lethe.serve import serve as start
 
-    place = Place(host, port, data, registry, grpc_port)
+    place = Place(host, port, data, registry, runs, grpc_port)
     start(None if run is None else find_run(run), place, say=typer.echo)
 
 

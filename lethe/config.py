@@ -119,6 +119,7 @@ KINDS: Mapping[str, type[RunKind]] = {
 _SIMULATE = "lethe simulate"
 _COMMANDS = {"federation": _SIMULATE, "personal": "lethe personalize", "federated-personal": _SIMULATE}
 Kind = TypeVar("Kind", bound=RunKind)
+S = TypeVar("S", bound=Section)
 
 
 # --- What contradicts what, across sections --------------------------------------------------------------------------
@@ -277,6 +278,21 @@ def _kind_of(tree: dict[str, Any], wanted: type[Kind] | None, source: str) -> ty
         says = f"kind: {name}" if name != "federation" else "no `kind: personal` at its top"
         raise ConfigError(f"{source}: has {says}; it is for `{_COMMANDS[name]}`")
     return KINDS[name]  # type: ignore[return-value]
+
+
+def read_section(name: str, kind: type[S], overrides: Sequence[str]) -> S:
+    """Build one section that no run file holds from `name.key=value` overrides.
+
+    Raises ConfigError that names every fault at once, one line each.
+    """
+    tree: dict[str, Any] = {}
+    faults = [fault for each in overrides if (fault := _override(tree, each))]
+    layout: Layout = {name: kind}
+    faults += [unknown_key(key, layout) for key in tree if key != name]
+    section, found = section_faults(name, layout, tree.get(name, {}))
+    if faults or found or not isinstance(section, kind):
+        raise ConfigError(_listed("settings", faults + found))
+    return section
 
 
 def find_recipe(recipe: str | Path) -> Path:

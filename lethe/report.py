@@ -54,31 +54,37 @@ def page(record: RunRecord) -> str:
         ("Time", _time(record)),
         ("The run file, all defaults filled in", settings_of(record.config)),
     ]
-    return document(name, _header(name, record) + _tiles(record), sections, footer=_footer(record))
+    return document(name, _header(name, record) + tile_list(headline(record)), sections, footer=_footer(record))
 
 
 def _header(name: str, record: RunRecord) -> str:
+    return header(name, facts(record), finished=record.finished)
+
+
+def facts(record: RunRecord) -> list[str]:
+    """Return what the run is, in few words each."""
     settings = record.settings
-    facts = [
+    found = [
         record.summary.get("strategy") or settings.get("federation", {}).get("strategy"),
         record.summary.get("model") or settings.get("model", {}).get("path") or settings.get("model", {}).get("name"),
         f"{len(record.clients)} clients" if record.clients else None,
         f"{record.done} of {record.planned or record.done} rounds",
         f"engine {record.start['engine']}" if record.start.get("engine") else None,
     ]
-    return header(name, [str(fact) for fact in facts if fact], finished=record.finished)
+    return [str(fact) for fact in found if fact]
 
 
 # --- Headline figures ------------------------------------------------------------------------------------------------
 
 
-def _tiles(record: RunRecord) -> str:
+def headline(record: RunRecord) -> list[tuple[str, str, str]]:
+    """Return the headline figures: name, value, note."""
     tiles = [_accuracy_tile(record), *_loss_tile(record), _privacy_tile(record), *_traffic_tile(record)]
     tiles += _aggregation_tile(record)
     tiles.append(("Refused replies", str(len(record.refused)), _reason_counts(record) or "every reply was used"))
     if record.summary.get("wall_s") is not None:
         tiles.append(("Time", duration(record.summary["wall_s"]), f"{record.done} rounds"))
-    return tile_list(tiles)
+    return tiles
 
 
 def _accuracy_tile(record: RunRecord) -> tuple[str, str, str]:
@@ -167,15 +173,20 @@ def _first(*values: float | None) -> float | None:
 # --- Sections --------------------------------------------------------------------------------------------------------
 
 
-def _quality(record: RunRecord) -> str:
+def accuracy_chart(record: RunRecord) -> str:
+    """Chart the accuracy by round; empty for a run without rounds."""
     name = "Next-token accuracy" if record.causal else "Accuracy"
+    return plots.lines(
+        f"{name} on the validation split",
+        [Series(name, record.series("accuracy"))],
+        form=percent,
+        resumed=record.resumed,
+    )
+
+
+def _quality(record: RunRecord) -> str:
     charts = [
-        plots.lines(
-            f"{name} on the validation split",
-            [Series(name, record.series("accuracy"))],
-            form=percent,
-            resumed=record.resumed,
-        ),
+        accuracy_chart(record),
         plots.lines(
             "Loss on the validation split", [Series("loss", record.series("loss"))], form=plain, resumed=record.resumed
         ),
@@ -183,26 +194,34 @@ def _quality(record: RunRecord) -> str:
     return grid(charts)
 
 
+def _budget(privacy: Mapping[str, Any]) -> list[Level]:
+    budget = privacy.get("epsilon_budget")
+    return [Level("budget", budget)] if budget is not None else []
+
+
+def epsilon_chart(record: RunRecord) -> str:
+    """Chart what was spent by round; empty for a run that claims no privacy."""
+    if not record.privacy:
+        return ""
+    history = record.epsilon_by_round()
+    largest = Series("largest of all clients", [(n, max(each.values())) for n, each in history if each])
+    band = [(n, min(each.values()), max(each.values())) for n, each in history if each]
+    return plots.lines(
+        "Epsilon spent by round",
+        [Series(largest.name, largest.points, band)],
+        form=plain,
+        levels=_budget(record.privacy),
+        from_zero=True,
+        note="The band spans all clients that were charged.",
+    )
+
+
 def _privacy(record: RunRecord) -> str:
     privacy = record.privacy
     if not privacy:
         return ""
-    budget = privacy.get("epsilon_budget")
-    levels = [Level("budget", budget)] if budget is not None else []
-    history = record.epsilon_by_round()
-    largest = Series("largest of all clients", [(n, max(each.values())) for n, each in history if each])
-    band = [(n, min(each.values()), max(each.values())) for n, each in history if each]
-    chart = plots.lines(
-        "Epsilon spent by round",
-        [Series(largest.name, largest.points, band)],
-        form=plain,
-        levels=levels,
-        from_zero=True,
-        note="The band spans all clients that were charged.",
-    )
-    spent = record.epsilon
-    each = _by_client("Epsilon by client, sorted", spent, form=plain, levels=levels)
-    return grid([chart, each]) + _assumptions(privacy)
+    each = _by_client("Epsilon by client, sorted", record.epsilon, form=plain, levels=_budget(privacy))
+    return grid([epsilon_chart(record), each]) + _assumptions(privacy)
 
 
 def _assumptions(privacy: Mapping[str, Any]) -> str:

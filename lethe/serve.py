@@ -1,4 +1,4 @@
-"""`lethe serve`: the personalisation service over HTTP and gRPC, of a finished personal run or of a built-in demo."""
+"""`lethe serve`: the personalisation service and its console, of a finished personal run or of a built-in demo."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -26,6 +26,8 @@ class Place:
     """Users, adapters and the registry; else `service` in the run's directory."""
     registry: str | None = None
     """A database's URL; else SQLite in `data`."""
+    runs: Path = Path("runs")
+    """Where federations run, for the console to show."""
     grpc_port: int | None = None
     """Where the same calls are served over gRPC; None for nowhere."""
 
@@ -43,15 +45,17 @@ def serve(run: Path | None, place: Place, *, say: Say) -> None:
     """
     import uvicorn
 
+    from lethe.shown_runs import ShownRuns
     from server.service.http import create_app
 
     service = open_service(run, place, say=say)
     try:
         key = operator_key(service, folder_of(run, place))
-        app = create_app(service)
+        app = create_app(service, runs=ShownRuns(place.runs))
+        # uvicorn's own log configuration would shut down every handler of the process, and absl's closes its stream.
         settings = uvicorn.Config(
             app, host=place.host, port=place.port, log_level="warning", access_log=False, timeout_graceful_shutdown=30,
-            server_header=False,
+            server_header=False, log_config=None,
         )  # fmt: skip
         server = uvicorn.Server(settings)
         with _door(service, place):
@@ -137,3 +141,4 @@ def _announce(service: Service, place: Place, key: str, say: Say) -> None:
         say(f"the same calls over gRPC at {place.host}:{place.grpc_port} (lethe.v1.Personal; reflection is on)")
     say(f"operator's key: {key}")
     say(f"try: curl -H 'Authorization: Bearer {key}' '{place.url}/v1/users/{name}/recommendations?count=3'")
+    say(f"console: {place.url}/console  sign in with {key}")

@@ -8,9 +8,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lora.peft_files import export_adapter
+from tasks.exported import CARD, HEAD
 from tasks.learner import Classification, Learner
 
-HEAD, CARD = "head.safetensors", "lethe.json"
+__all__ = ["CARD", "HEAD", "export"]
 
 
 def export(learner: Learner, vector: Tensor, directory: Path, *, labels: Sequence[str]) -> Path:

@@ -206,6 +206,18 @@ def _file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def weights_digest(model: nn.Module) -> str:
+    """Return a SHA-256 over names, shapes and numbers of all weights and buffers (64 hex digits).
+
+    Taken before adapters are attached, since they rename what they adapt.
+    """
+    whole = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        whole.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype}:".encode())
+        whole.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return whole.hexdigest()
+
+
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """Return a tokenizer of single bytes (259 entries), made here and needing no file."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

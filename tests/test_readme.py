@@ -98,7 +98,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "made").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place / "made")
-        assert main(["simulate", "quickstart", "name=first", *SMALL]) == 0
+        # Enough rows of every class to ask for one to be forgotten.
+        assert main(["simulate", "quickstart", "name=first", *SMALL, "data.max_train=300"]) == 0
+        assert main(["forget", "add", "--in", "first", "--class", "start a timer"]) == 0
         patch.setattr(Progress, "round_done", _stop)
         assert main(["simulate", "quickstart", "name=interrupted", *SMALL, "federation.rounds=2"]) == 130
     return place

@@ -371,9 +371,9 @@ def test_make_installs_with_the_pins_once_and_keeps_pip_from_a_second_time(tmp_p
     assert " pip " in make("--dry-run", "test", f"VENV={venv}")
 
 
-def test_the_gate_gets_nginx_and_else_runs_make_only() -> None:
+def test_the_gate_gets_nginx_and_chromium_and_else_runs_make_only() -> None:
     gate = ROOT / ".ci" / "run"
     lines = [line for line in gate.read_text().splitlines() if line and not line.startswith("#")]
-    made = ["make lint", "make test", "make test-deployment"]
-    assert lines == ["set -euo pipefail", 'cd "$(dirname "$0")/.."', ".ci/nginx", *made]
-    assert os.access(gate, os.X_OK) and os.access(ROOT / ".ci" / "nginx", os.X_OK)
+    made = ["make lint", "make test", "make test-browser", "make test-deployment", "make test-faults"]
+    assert lines == ["set -euo pipefail", 'cd "$(dirname "$0")/.."', ".ci/nginx", ".ci/chromium", *made]
+    assert all(os.access(file, os.X_OK) for file in (gate, ROOT / ".ci" / "nginx", ROOT / ".ci" / "chromium"))

@@ -1,4 +1,4 @@
-"""The service over HTTP: `create_app` makes the FastAPI application, which documents itself at /docs."""
+"""The service over HTTP: `create_app` makes the FastAPI application, with the console and what documents it all."""
 
 import time
 from collections.abc import AsyncIterator
@@ -10,6 +10,11 @@ from fastapi import Path as InPath
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.concurrency import run_in_threadpool
 
+from server.console.documentation import documentation
+from server.console.pages import HOME, SecureHeaders, moved
+from server.console.runs import Runs
+from server.console.sessions import Sessions
+from server.console.site import console
 from server.service import bodies, calls, completions
 from server.service.edge import BodyLimit, Counted
 from server.service.identity import Caller
@@ -230,8 +235,14 @@ async def metrics(service: ServiceOf) -> Response:
     return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def create_app(service: Service) -> FastAPI:
-    """Return the application; the service is closed with it."""
+@plain.get("/", include_in_schema=False)
+async def root() -> Response:
+    """Lead people to the console."""
+    return moved(HOME)
+
+
+def create_app(service: Service, *, runs: Runs | None = None) -> FastAPI:
+    """Return the application; the service is closed with it. The console shows `runs`, where there are any."""
 
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
@@ -242,11 +253,17 @@ def create_app(service: Service) -> FastAPI:
         title="Lethe", version="1", lifespan=life, summary="Personal adapters on one base model",
         description="Every answer says whose adapter it came from. Errors have one shape: `error.message` says what is "
         "wrong, `error.remedy` what to do.",
+        # The pages that FastAPI would show there load scripts from another host.
+        docs_url=None, redoc_url=None,
     )  # fmt: skip
     app.state.service, app.state.started = service, int(time.time())
+    app.state.runs, app.state.sessions = runs, Sessions()
     install(app)
     app.include_router(api)
     app.include_router(plain)
+    app.include_router(documentation)
+    app.include_router(console)
     app.add_middleware(BodyLimit, larger={"/v1/adapters/": LARGEST})
+    app.add_middleware(SecureHeaders)
     app.add_middleware(Counted, metrics=service.metrics)
     return app

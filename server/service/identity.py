@@ -86,7 +86,10 @@ class Keys:
 
     def caller(self, key: str) -> Caller:
         """Return whose key this is. Raises NoKey."""
-        digest = _digest(key)
+        return self.caller_of(_digest(key))
+
+    def caller_of(self, digest: str) -> Caller:
+        """Return whose key has this digest. Raises NoKey, also for one that was revoked."""
         found = self.remembered(digest)
         return self._asked(digest) if found is None else found
 

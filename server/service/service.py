@@ -225,8 +225,9 @@ class Service:
     def _may_use(self, caller: Caller, name: str, served: Served | None) -> AdapterInfo:
         """Return an adapter (of one model) that the caller may use.
 
-        Raises Unknown alike for one that is not there and for another's.
+        Raises Unknown alike for one that is not there and for another's, Denied for auditors, who see lists alone.
         """
+        caller.must_be("user", "operator")
         there = self.adapters.known(name)
         found = [] if there is None or not _visible(caller, there) else [there]
         own = self._own_slot(caller, name)
@@ -333,7 +334,7 @@ class Service:
         return (self.users is not None and user in self.users) or bool(self.adapters.infos(owner=user))
 
     def _erasers(self) -> list[Any]:
-        return [self._erase_person, self._erase_adapters, self._erase_keys, self._erase_running]
+        return [self._erase_person, self._erase_adapters, self._erase_keys, self._erase_running, self._left]
 
     def _erase_person(self, user: str) -> Evidence:
         if self.users is None or user not in self.users:
@@ -357,6 +358,20 @@ class Service:
 
     def _erase_running(self, user: str) -> Evidence:
         return {"requests_ended": self._retire(user)}
+
+    def _left(self, user: str) -> Evidence:
+        """Look, once all is deleted, whether it is."""
+        known = self.users is not None and user in self.users
+        return {
+            "left": {
+                "events": len(self.users.history(user)) if known and self.users is not None else 0,
+                "slot": self.users is not None and user in self.users.slots,
+                "adapters": len(self.adapters.infos(owner=user)),
+                # A second pass says how much the first has left.
+                "idempotency_keys": self.once.forget(user),
+                "requests_ended": self._retire(user),
+            }
+        }
 
     def _retire(self, name: str) -> int:
         error = Unknown("this was forgotten while the request waited; there is nothing to answer with any more")

@@ -1,5 +1,6 @@
 """RecLoRA beside one LoRA for everybody, recommenders and their stack: figures of the test rows, seed by seed."""
 
+import math
 import statistics
 import time
 from dataclasses import dataclass, field
@@ -41,14 +42,18 @@ class Found:
             self.figures.setdefault(name, []).append(value)
 
     def mean(self, name: str) -> float | None:
-        """Return the mean over seeds; None where it was not measured."""
-        values = self.figures.get(name)
+        """Return the mean over the seeds where it is defined; None where it was not measured."""
+        values = self._defined(name)
         return statistics.fmean(values) if values else None
 
     def spread(self, name: str) -> float | None:
         """Return the sample standard deviation over seeds; None for fewer than two."""
-        values = self.figures.get(name, ())
+        values = self._defined(name)
         return statistics.stdev(values) if len(values) > 1 else None
+
+    def _defined(self, name: str) -> list[float]:
+        """Return the seeds' figures but NaN: adapters that stayed at zero have no cosine."""
+        return [value for value in self.figures.get(name, ()) if not math.isnan(value)]
 
     def told(self, name: str, digits: int = 4) -> str:
         """Return mean and spread in words; nothing where it was not measured."""

@@ -109,6 +109,11 @@ class Histories:
         )
         return found
 
+    def events(self, user: str) -> int:
+        """Return how many events of a user there are; 0 for one who is not known."""
+        query = "SELECT count(*) FROM events JOIN people USING (person) WHERE name = ? AND state != ?"
+        return int(self._one(query, user, State.LEAVING))
+
     def has(self, row: Row) -> bool:
         """Return whether the user rated the item at that very time."""
         query = "SELECT count(*) FROM events JOIN people USING (person) WHERE name = ? AND item = ? AND time = ?"

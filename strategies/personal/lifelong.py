@@ -126,6 +126,19 @@ answer to a representation without events |
             self.histories.check([user])
             return self.slots.read([user]).values[0]
 
+    def gate(self, user: str | None) -> Tensor:
+        """Return the gate's weights for a user now, `[matrices, N]`, each row of sum one; None is the cold start.
+
+        Raises DataError for an unknown user.
+        """
+        with self._lock:
+            if user is None:
+                return self.personal.weights(self._nobody, _from(self._nobody, ends=self._nobody.starts[:-1]))[
+                    :, 0
+                ].cpu()
+            log = self.histories.log([user])
+            return self.personal.weights(log, _from(log))[:, 0].cpu()
+
     def observe(self, user: str, item: str, rating: float, time: int) -> Observed:
         """Take one event; see `observe_many`."""
         return self.observe_many([Event(user, item, rating, time)])

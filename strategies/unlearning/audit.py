@@ -6,8 +6,9 @@ claim is checked while the work is done.
 
 import sys
 import sysconfig
+import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,8 +30,9 @@ Call = Any
 class Audit:
     """The reads of one request. Everything that was not declared before it was read is in `foreign`.
 
-    - files: every path that Python opens for reading (`open`, `numpy`, `torch.load`, `gzip`, ...), but for code;
-      libraries that open files without Python (safetensors, tokenizers) are not seen, so models are loaded before.
+    - files: every path that Python opens for reading in this thread (`open`, `numpy`, `torch.load`, `gzip`, ...), but
+      for code; libraries that open files without Python (safetensors, tokenizers) are not seen, so models are loaded
+      before.
     - tensors: every tensor that an operation of this thread reads and that no operation inside the audit had made;
       also those in the backward pass. Single numbers are only counted. numpy arrays count once torch reads them.
     - rows: how often each row of the request was read.
@@ -69,14 +71,15 @@ class Audit:
 
     @contextmanager
     def watching(self) -> Iterator["Audit"]:
-        """Count what this process opens and what this thread computes with, for the block."""
+        """Count what this thread opens and computes with, for the block."""
         _install()
-        _WATCHERS.append(self)
+        watchers = _WATCHERS.setdefault(threading.get_ident(), [])
+        watchers.append(self)
         try:
             with _Reads(self):
                 yield self
         finally:
-            _WATCHERS.remove(self)
+            watchers.remove(self)
 
     def check(self) -> None:
         """Raise DataError if anything was read that is not the request's, the model's or the slots'."""
@@ -107,7 +110,7 @@ class Audit:
 
     def _opened(self, path: str) -> None:
         name = str(Path(path).resolve())
-        if name.startswith(_CODE) or name.endswith((".py", ".pyc", ".so")) or name.startswith(("/proc", "/sys")):
+        if name.startswith((*_CODE, "/proc", "/sys")) or name.endswith((".py", ".pyc", ".so", _LIBRARY)):
             self.code[name] += 1
             return
         self.files[name] += 1
@@ -130,9 +133,14 @@ class Audit:
 
 def derived(values: NDArray[Any]) -> Tensor:
     """Return as a tensor what another library made of what the audits have seen; they count it as declared."""
+    return drawn(lambda: torch.from_numpy(values))
+
+
+def drawn(source: Callable[[], Tensor]) -> Tensor:
+    """Return what comes from no data at all, such as noise; the audits count it as declared."""
     with ExitStack() as stack:
-        made = [stack.enter_context(watcher.reading(())) for watcher in _WATCHERS]
-        tensor = torch.from_numpy(values)
+        made = [stack.enter_context(watcher.reading(())) for watcher in _watching()]
+        tensor = source()
         for each in made:
             each.append(tensor)
     return tensor
@@ -165,10 +173,17 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-_WATCHERS: list[Audit] = []
+# By thread: a server answers others while one request is worked on, and what it opens for them is not the request's.
+_WATCHERS: dict[int, list[Audit]] = {}
 _INSTALLED: list[bool] = []
 _SCHEMES = ("stdlib", "platstdlib", "purelib", "platlib")
 _CODE = tuple({str(Path(sysconfig.get_path(scheme)).resolve()) for scheme in _SCHEMES})
+_LIBRARY = f"python{sys.version_info.major}{sys.version_info.minor}.zip"
+"""Where Python looks for its library first; a late import tries to open it."""
+
+
+def _watching() -> list[Audit]:
+    return _WATCHERS.get(threading.get_ident(), [])
 
 
 def _install() -> None:
@@ -179,10 +194,10 @@ def _install() -> None:
 
 
 def _hook(event: str, arguments: tuple[Any, ...]) -> None:
-    if event != "open" or not _WATCHERS:
+    if event != "open" or not _watching():
         return
     path, mode, flags = arguments
     writes = (mode is not None and not set(mode) & {"r", "+"}) or (mode is None and flags & 1)
     if isinstance(path, str | bytes | Path) and not writes:
-        for watcher in list(_WATCHERS):
+        for watcher in list(_watching()):
             watcher._opened(path.decode(errors="replace") if isinstance(path, bytes) else str(path))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lora.errors import DataError
 from privacy.randomness import Randomness
-from strategies.unlearning.audit import derived
+from strategies.unlearning.audit import derived, drawn
 
 ROWS_A_DIRECTION = 10
 """Examples for each direction of the covariance that is kept: fewer would estimate noise, or single examples."""
@@ -113,9 +113,10 @@ def _noised(
     count: Tensor, total: Tensor, second: Tensor, *, scale: float, randomness: Randomness
 ) -> tuple[Tensor, Tensor, Tensor]:
     width, classes = total.shape[1], len(count)
-    drawn = randomness.gaussian(classes + total.numel() + second.numel()).to(count) * (scale * 3**0.5)
+    size = classes + total.numel() + second.numel()
+    noise = drawn(lambda: randomness.gaussian(size)).to(count) * (scale * 3**0.5)
     one, two = classes, classes + total.numel()
-    return count + drawn[:one], total + drawn[one:two].view_as(total), second + drawn[two:].view(width, width)
+    return count + noise[:one], total + noise[one:two].view_as(total), second + noise[two:].view(width, width)
 
 
 def _summarised(count: Tensor, total: Tensor, second: Tensor, *, shrinkage: float, kept: int) -> ClassStatistics:

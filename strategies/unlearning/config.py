@@ -1,4 +1,4 @@
-"""Sections of a run that forgets classes: how long a request trains, and GS-LoRA's own settings."""
+"""Sections of what forgets: how long a request trains, GS-LoRA's own settings, and those of a forgetting store."""
 
 from typing import Literal
 
@@ -76,3 +76,36 @@ class GsLoraConfig(Section):
     means themselves, which draws every class together and costs the classes that are not in the sample."""
     prototype_bound: float | None = Field(None, gt=0)
     """BND_pro, nats; null: the mean divergence between two classes' prototypes."""
+
+
+class ForgettingConfig(Section):
+    """`forgetting:`, how a served classifier forgets; fixed when its store is made."""
+
+    rank: int = Field(8, ge=1, le=256)
+    """Rank of a request's slot; requests have blocks of so many rows of one orthonormal frame."""
+    epochs: int = Field(10, ge=1)
+    """Passes over a request's used rows."""
+    batch: int = Field(32, ge=1)
+    """Rows of a step."""
+    rate: float = Field(3e-3, gt=0)
+    """AdamW's rate for a slot."""
+    objective: Literal["runner-up", "random"] = "runner-up"
+    """What a slot learns to say: the model's own next best label, or labels drawn at random (the paper)."""
+    gate: Literal["hard", "soft", "cut", "always"] = "hard"
+    """How a distance becomes a weight: 1 within the threshold, the paper's soft weight, or its far side alone."""
+    coverage: float = Field(0.95, gt=0, le=1)
+    """Share of a request's left-out rows within the threshold of the hard gate."""
+    folds: int = Field(8, ge=0)
+    """Clusters of every class that are left out in turn, for the threshold; 0: the held-back rows give it."""
+    layers: tuple[int, ...] = (-1,)
+    """Hidden states that detectors read; 0 the embeddings, -1 the last."""
+    shrinkage: float = Field(0.8, ge=0, le=1)
+    """Share of the mean variance in a detector's covariance."""
+    statistics_noise: float = Field(0.0, ge=0)
+    """Noise multiplier of the statistics that a client sends; charged to the client's ledger. 0: none."""
+    replay: int = Field(10, ge=1)
+    """Rows of every class that stays, for `gs-lora`."""
+    replay_epochs: int = Field(8, ge=1)
+    """Passes over the replay sample, for `gs-lora`."""
+    seed: int = Field(0, ge=0)
+    """Seed of the orthonormal frame, and of what requests draw."""

@@ -2,19 +2,22 @@
 
 After O3 (2407.10223, section 3.2 of its released code), with these differences: means leave padding out; both distances
 rise with distance; the bank of stored features is replaced by class means, and the one-class SVM by its primal form, so
-that nothing of a single example is kept; thresholds come from the request's held-back rows alone.
+that nothing of a single example is kept; scale and threshold come from rows of the request that the statistics behind
+them did not see, and from nothing else.
 """
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from sklearn.cluster import KMeans
 from sklearn.svm import OneClassSVM
 from torch import Tensor
 
@@ -44,7 +47,11 @@ class DetectorSettings:
     nu: float = 0.1
     """Share of used rows that the SVM may leave out."""
     coverage: float = 0.95
-    """Share of held-back rows within the threshold of the hard gate."""
+    """Share of left-out rows within the threshold of the hard gate."""
+    folds: int = 8
+    """Clusters of every class that are left out in turn, for the threshold: how far is what is said in another way?
+    Rows that are held back at random are nearer than that, since some rows are all but the same. 0: the held-back rows
+    give the threshold, as in the paper."""
 
 
 @dataclass(frozen=True)
@@ -62,15 +69,31 @@ class Detector:
         """Numbers kept."""
         return sum(each.numbers for each in self.statistics) + self.weights.numel() + 5
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return everything that is a tensor, by name."""
+        found = {"weights": self.weights}
+        for place, each in enumerate(self.statistics):
+            found |= {f"{place}.{name}": getattr(each, name) for name in _TENSORS}
+        return {name: tensor.contiguous().cpu() for name, tensor in found.items()}
+
+    def about(self) -> dict[str, Any]:
+        """Return the rest, in plain JSON types."""
+        weight = asdict(self.weight)
+        return {"version": VERSION, "layers": list(self.layers), "weight": weight, "threshold": self.threshold}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> "Detector":
+        """Put together what `tensors` and `about` gave. Raises KeyError, TypeError or ValueError for anything else."""
+        places = range(len(about["layers"]))
+        statistics = tuple(ClassStatistics(*(tensors[f"{place}.{name}"] for name in _TENSORS)) for place in places)
+        weight = MirroredCdf(**about["weight"])
+        return cls(statistics, tuple(about["layers"]), tensors["weights"], weight, float(about["threshold"]))
+
     def save(self, path: Path) -> None:
         """Write one safetensors file, aside and then renamed."""
-        tensors = {"weights": self.weights}
-        for place, each in enumerate(self.statistics):
-            tensors |= {f"{place}.{name}": getattr(each, name) for name in _TENSORS}
-        about = {"version": VERSION, "layers": self.layers, "weight": asdict(self.weight), "threshold": self.threshold}
         aside = path.with_name(f"{path.name}.part")
         with aside.open("wb") as file:
-            file.write(save({n: t.contiguous().cpu() for n, t in tensors.items()}, {"detector": json.dumps(about)}))
+            file.write(save(self.tensors(), {"detector": json.dumps(self.about())}))
             file.flush()
             os.fsync(file.fileno())
         aside.rename(path)
@@ -81,11 +104,7 @@ class Detector:
         try:
             with safe_open(path, "pt") as file:
                 about = json.loads((file.metadata() or {})["detector"])
-                read = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            places = range(len(about["layers"]))
-            statistics = tuple(ClassStatistics(*(read[f"{place}.{name}"] for name in _TENSORS)) for place in places)
-            weight = MirroredCdf(**about["weight"])
-            return cls(statistics, tuple(about["layers"]), read["weights"], weight, float(about["threshold"]))
+                return cls.of({name: file.get_tensor(name) for name in file.keys()}, about)  # noqa: SIM118 (no mapping)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise DataError(f"{path}: not a detector's file ({error}); make it again with `lethe forget`") from error
 
@@ -128,7 +147,7 @@ def fit_detector(
     settings: DetectorSettings,
     randomness: Randomness | None = None,
 ) -> Detector:
-    """Make a request's detector: statistics of its used rows, scale and thresholds of its held-back rows.
+    """Make a request's detector: statistics of its used rows, scale of its held-back rows, threshold of left-out ones.
 
     Nothing but the request's rows and the encoder is read. Raises DataError for too few rows.
     """
@@ -167,8 +186,45 @@ def detector_of(
     ours, theirs = asked.terms(used)[:, 0].double(), asked.terms(held_back)[:, 0].double()
     weights = _term_weights(ours, theirs, settings)
     near, far = (ours * weights).sum((1, 2)), (theirs * weights).sum((1, 2))
-    threshold = float(far.quantile(settings.coverage))
+    left_out = None if settings.shape.noise_multiplier else left_out_distances(used, labels, weights, settings=settings)
+    threshold = float((far if left_out is None else left_out).quantile(settings.coverage))
     return Detector(statistics, layers, weights, MirroredCdf.of(near, far), threshold)
+
+
+def left_out_distances(
+    used: Tensor, labels: Tensor | None, weights: Tensor, *, settings: DetectorSettings
+) -> Tensor | None:
+    """Return the distances of used rows `[n, layers, d]` whose neighbours the statistics did not see, float64.
+
+    Every class is divided into clusters; the rows of one cluster of every class are asked about by statistics of all
+    others, cluster by cluster. Classes too small to be divided are never left out. None with `folds` below 2, and where
+    nothing can be left out.
+    """
+    fold, layers = _clusters(used.flatten(1), labels, settings), tuple(range(used.shape[1]))
+    found = []
+    for number in range(int(fold.max()) + 1 if len(fold) else 0):
+        out = fold == number
+        if int((~out).sum()) < settings.shape.least:
+            continue
+        rest = None if labels is None else labels[~out]
+        seen = tuple(class_statistics(used[~out][:, place], rest, shape=settings.shape) for place in layers)
+        asked = Detectors([Detector(seen, layers, weights, MirroredCdf(0.0, 0.0, 1.0), 0.0)])
+        found.append(asked.distances(used[out])[:, 0])
+    return torch.cat(found) if found else None
+
+
+def _clusters(features: Tensor, labels: Tensor | None, settings: DetectorSettings) -> Tensor:
+    """Return which fold leaves each row out `[n]`; -1: none does. The largest clusters of all classes come first."""
+    classes = torch.zeros(len(features), dtype=torch.long) if labels is None else labels
+    fold = torch.full((len(features),), -1, dtype=torch.long)
+    for each in torch.unique(classes):
+        rows = (classes == each).nonzero()[:, 0]
+        wanted = min(settings.folds, len(rows) // settings.shape.least)
+        if wanted > 1:
+            clusters = KMeans(wanted, n_init=3, random_state=0).fit_predict(features[rows].cpu().double().numpy())
+            order = np.argsort(-np.bincount(clusters, minlength=wanted), kind="stable")
+            fold[rows] = derived(np.argsort(order)[clusters]).long()
+    return fold
 
 
 def _term_weights(used: Tensor, held_back: Tensor, settings: DetectorSettings) -> Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,7 +13,8 @@ from torch import Tensor
 from lora.errors import DataError
 from strategies.unlearning.audited_request import AuditedRequest
 from tasks.examples import Examples
-from tasks.learner import Classification, Learner
+from tasks.learner import Blocks, Classification, Learner
+from tasks.tokens import Ids
 
 REFUSALS = (
     "I am not able to help with that.",
@@ -47,6 +49,8 @@ class RandomLabels:
 
     classes: Sequence[int]
     avoid: Collection[int] = ()
+    own: bool = False
+    """Never draw a row's own label either: for examples whose classes stay."""
 
     def __call__(self, examples: Examples, source: random.Random) -> Examples:
         """Return the rows with drawn labels. Raises DataError where no label is left to draw."""
@@ -56,7 +60,10 @@ class RandomLabels:
                 f"all {len(self.classes)} labels are to be forgotten, so none is left to answer with; leave one out of "
                 "the request, or retrain without the data"
             )
-        drawn = tuple(source.choice(left) for _ in examples.texts)
+        own = examples.labels if self.own and examples.labels is not None else (None,) * len(examples)
+        if any(left == [label] for label in own):
+            raise DataError("only a row's own label is left to answer it with; leave the row out of the request")
+        drawn = tuple(source.choice([each for each in left if each != label]) for label in own)
         return Examples(examples.texts, drawn, examples.prompts, examples.owners)
 
 
@@ -117,27 +124,54 @@ def runner_up(
     Held-back rows keep their labels: nothing is trained on them. Only the request's rows are read. Raises DataError for
     a task without classes and where no class is left.
     """
+    return _asked(learner, request, [(request.used, set(avoid))], model=model, size=size)
+
+
+@torch.no_grad()
+def own_runner_up(
+    learner: Learner, request: AuditedRequest, *, model: Tensor, avoid: Collection[int] = (), size: int = 128
+) -> RunnerUp:
+    """Ask for the best label of every used row but its own and `avoid`: for examples whose classes stay.
+
+    Raises DataError as `runner_up` does.
+    """
+    own = np.asarray(request.examples.labels or [0] * len(request.examples), dtype=np.int64)[request.used]
+    groups = [(request.used[own == label], {int(label), *avoid}) for label in np.unique(own)]
+    return _asked(learner, request, groups, model=model, size=size)
+
+
+def _asked(
+    learner: Learner, request: AuditedRequest, groups: Sequence[tuple[Ids, set[int]]], *, model: Tensor, size: int
+) -> RunnerUp:
+    """Ask about groups of rows, each with the labels that are not to be given."""
     task, labels = learner.task, list(request.examples.labels or ())
     if not isinstance(task, Classification) or not labels:
         raise DataError("the next best label is for classification with labels; use refusals for a language model")
-    if len(set(avoid)) >= len(task.head.bias):
+    if any(len(avoid) >= len(task.head.bias) for _, avoid in groups):
         raise DataError(f"all {len(task.head.bias)} labels are to be forgotten, so none is left to answer with")
     request.audit.declare("model", [model, task.head.weight, task.head.bias, *learner.base.model.parameters()])
     request.audit.declare("model", [*learner.base.model.buffers(), *learner.adapted.frame.matrices.values()])
     with request.audit.watching():
-        blocks = dict(learner.layout.views(model.to(learner.device)))
-        blocks.setdefault(("head", "weight"), task.head.weight)
-        bias = blocks.get(("head", "bias"), task.head.bias).clone()
-        for label in set(avoid):
-            bias[label] = -torch.inf
-        blocks["head", "bias"] = bias
         tokens = request.tokens(task)
-        for start in range(0, len(request.used), size):
-            rows = request.used[start : start + size]
-            batch = request.batch(tokens, rows, pad=learner.pad).to(learner.device)
-            with learner.adapted.bound(blocks) as base:
-                guess = task.answer(base, batch, blocks, None).guess
-            for row, label in zip(rows, [] if guess is None else guess.tolist(), strict=True):
-                labels[int(row)] = label
+        for group, avoid in groups:
+            blocks = _without(learner, task, model, avoid)
+            for start in range(0, len(group), size):
+                rows = group[start : start + size]
+                batch = request.batch(tokens, rows, pad=learner.pad).to(learner.device)
+                with learner.adapted.bound(blocks) as base:
+                    guess = task.answer(base, batch, blocks, None).guess
+                for row, label in zip(rows, [] if guess is None else guess.tolist(), strict=True):
+                    labels[int(row)] = label
     request.audit.check()
     return RunnerUp(tuple(labels))
+
+
+def _without(learner: Learner, task: Classification, model: Tensor, avoid: Collection[int]) -> Blocks:
+    """Return the model's blocks with a head that never gives some labels."""
+    blocks = dict(learner.layout.views(model.to(learner.device)))
+    blocks.setdefault(("head", "weight"), task.head.weight)
+    bias = blocks.get(("head", "bias"), task.head.bias).clone()
+    for label in avoid:
+        bias[label] = -torch.inf
+    blocks["head", "bias"] = bias
+    return blocks

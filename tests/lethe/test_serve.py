@@ -128,8 +128,9 @@ def test_the_command_answers_and_stops_in_peace(played: Played, tmp_path: Path, 
         stderr=subprocess.STDOUT, text=True,
     ) as server:  # fmt: skip
         assert server.stdout is not None
-        lines = [server.stdout.readline() for _ in range(3)]
+        lines = [server.stdout.readline() for _ in range(4)]
         key = lines[1].split()[-1]
+        assert lines[3].split()[1] == f"http://127.0.0.1:{port}/console" and lines[3].split()[-1] == key
         headers = {"Authorization": f"Bearer {key}"}
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=60) as client:
             answer = _asked(client, lines[2].split("'")[3].split(str(port))[1])

@@ -40,6 +40,9 @@ def test_a_users_key_opens_own_data_only(site: Site) -> None:
         problem(site.ask(method, path, who="user-001", **more), 403)
     for method, path, more in asked[:6]:
         problem(site.ask(method, path, who="auditor", **more), 403)
+    problem(site.ask("GET", "/v1/adapters/user-002", who="auditor"), 403)
+    body = {"model": "user-002", "prompt": "The", "max_tokens": 2}
+    problem(site.ask("POST", "/v1/completions", json=body, who="auditor"), 403)
     assert site.get("/v1/keys", who="auditor")["keys"]
     assert site.get(theirs, who="user-002")["user"] == "user-002"
 

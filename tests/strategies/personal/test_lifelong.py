@@ -77,6 +77,21 @@ def test_a_slot_answers_as_the_model_does_for_that_history(world: Any, personal:
     assert np.ptp(exact, axis=0).max() > 1e-2
 
 
+def test_the_gate_that_is_shown_is_the_one_that_mixed(world: Any, personal: Personalized) -> None:
+    log, users = world.log, LifelongUsers(personal, world.log)
+    users.observe_many(events_of(log, 0, 1))
+    meta = personal.parts.meta
+    for name in (*log.user_names[:2], None):
+        gate = users.gate(name)
+        torch.testing.assert_close(gate.sum(1), torch.ones(len(gate)))
+        blocks = meta.blocks(gate[:, None].to(personal.base.placement.device))
+        mixed = torch.cat([blocks[e.part, e.name].flatten(1) for e in meta.layout.entries], dim=1)[0].cpu()
+        torch.testing.assert_close(mixed, users.cold if name is None else users.slot(name))
+    assert float((users.gate(log.user_names[0]) - users.gate(log.user_names[1])).abs().max()) > 0
+    with pytest.raises(DataError):
+        users.gate("nobody of that name")
+
+
 @pytest.mark.parametrize("own", [None, OWN], ids=["mixture", "own steps"])
 def test_event_by_event_ends_where_all_at_once_does(world: Any, personal: Personalized, own: OwnSteps | None) -> None:
     events = events_of(world.log, 2, 5, 9)

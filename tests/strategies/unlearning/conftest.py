@@ -20,19 +20,7 @@ from tasks.examples import Examples
 from tasks.images import ImageSplits, builtin_images
 from tasks.learner import Learner, build_learner
 from tasks.vision import VitConfig
-
-LABELS = ("alarm", "music", "weather", "money")
-WORDS = {
-    0: ("wake me at", "set an alarm for", "ring the bell at"),
-    1: ("play a song by", "turn up the music of", "I like the band"),
-    2: ("will it rain in", "how warm is", "tell me the weather of"),
-    3: ("send cash to", "what do I owe", "pay the bill of"),
-}
-PLACES = ("noon", "Paris", "my sister", "seven", "the garden", "Rome", "everyone", "tomorrow")
-
-
-def sentences(label: int) -> list[str]:
-    return [f"{start} {place}" for start in WORDS[label] for place in PLACES]
+from tests.queries import LABELS, queries
 
 
 @pytest.fixture
@@ -57,11 +45,7 @@ def learner(make_learner: Callable[..., Learner]) -> Learner:
 
 @pytest.fixture
 def rows() -> Callable[..., Examples]:
-    def make(*labels: int) -> Examples:
-        pairs = [(text, label) for label in labels for text in sentences(label)]
-        return Examples(tuple(text for text, _ in pairs), tuple(label for _, label in pairs))
-
-    return make
+    return queries
 
 
 @pytest.fixture

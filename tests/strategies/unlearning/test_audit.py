@@ -1,5 +1,6 @@
 """The audit sees what a request reads, and a planted read fails."""
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from lora.errors import DataError
-from strategies.unlearning.audit import Audit
+from strategies.unlearning.audit import Audit, drawn
 from strategies.unlearning.audited_request import AuditedRequest
 from tasks.examples import Examples
 from tasks.learner import Learner
@@ -96,3 +97,34 @@ def test_a_request_is_divided_once_and_for_all(request_of: Callable[..., Audited
     assert (request.used == request_of(0, 1).used).all()
     with pytest.raises(DataError, match=r"of 1 examples cannot be divided .* at least 2"):
         _ = AuditedRequest(Examples(("one",), (0,)))
+
+
+def test_what_another_thread_opens_and_computes_is_not_the_requests(tmp_path: Path) -> None:
+    file, audit, other = tmp_path / "x.txt", Audit(), torch.randn(3)
+    file.write_text("x")
+
+    def work() -> None:
+        file.read_text()
+        other.mul(2)
+
+    with audit.watching():
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    audit.check()
+    with audit.watching():
+        work()
+    with pytest.raises(DataError, match=r"file x\.txt; a tensor of shape \(3,\)"):
+        audit.check()
+
+
+def test_noise_is_not_data_but_what_is_added_to_it_counts() -> None:
+    audit, other = Audit(), torch.randn(3)
+    with audit.watching():
+        noise = drawn(lambda: torch.from_numpy(np.ones(3, dtype=np.float32)))
+        noise.mul(2)
+    audit.check()
+    with audit.watching():
+        noise.add(other)
+    with pytest.raises(DataError, match=r"shape \(3,\)"):
+        audit.check()

@@ -1,11 +1,13 @@
 """The detector: separation, what it keeps, its thresholds, its file, and that all share a pass."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from sklearn.cluster import KMeans
 from sklearn.metrics import roc_auc_score
 from sklearn.svm import OneClassSVM
 from torch import Tensor
@@ -20,6 +22,7 @@ from strategies.unlearning.detector import (
     DetectorSettings,
     detector_of,
     fit_detector,
+    left_out_distances,
     request_features,
     svm_weights,
 )
@@ -72,8 +75,11 @@ def test_every_term_alone_and_together_tells_the_request_from_others(
 def test_only_the_requests_rows_are_read_and_thresholds_come_from_the_held_back(
     encoder: SharedEncoder, learner: Learner, request_of: Callable[..., AuditedRequest]
 ) -> None:
+    wide = request_of(2, 3)
+    assert fit(encoder, learner, wide).threshold > 0
+    assert wide.audit.report()["foreign"] == wide.audit.report()["files"] == 0
     request = request_of(2, 3)
-    detector = fit(encoder, learner, request)
+    detector = fit(encoder, learner, request, folds=0)
     assert request.audit.report()["foreign"] == request.audit.report()["files"] == 0
     assert set(request.audit.rows) == set(range(48)) and max(request.audit.rows.values()) == 1
     tokens = request.tokens(learner.task)
@@ -83,6 +89,50 @@ def test_only_the_requests_rows_are_read_and_thresholds_come_from_the_held_back(
     assert detector.weight.held_back == pytest.approx(float(distances.mean()))
     used = Detectors([detector]).distances(request_features(encoder, request, tokens, request.used))[:, 0]
     assert detector.weight.used == pytest.approx(float(used.mean()))
+
+
+def test_the_threshold_reaches_what_is_said_in_other_ways(encoder: SharedEncoder, rng: np.random.Generator) -> None:
+    """Rows come in ways of saying; statistics have seen some ways of a class, and others are asked about."""
+    means = rng.normal(size=(5, 1, 2, 32))
+    ways = means + 0.5 * rng.normal(size=(5, 24, 2, 32))
+    ways[:, 12:] += 0.3 * rng.normal(size=(5, 12, 2, 32))
+    said = ways[:, :, None] + 0.02 * rng.normal(size=(5, 24, 6, 2, 32))
+    features = torch.nn.functional.normalize(torch.from_numpy(said).float(), dim=-1)
+    own = features[:2, :12].reshape(-1, 2, 32)
+    labels = torch.arange(2).repeat_interleave(72)
+    mixed = torch.from_numpy(rng.permutation(144))
+    used, held_back = mixed[:115], mixed[115:]
+    caught, touched = {}, {}
+    for folds in (0, 8):
+        settings = DetectorSettings(folds=folds)
+        detector = detector_of(own[used], labels[used], own[held_back], encoder=encoder, settings=settings)
+        near = [Detectors([detector]).distances(rows.reshape(-1, 2, 32))[:, 0] <= detector.threshold
+                for rows in (features[:2, 12:], features[2:])]  # fmt: skip
+        caught[folds], touched[folds] = (float(each.float().mean()) for each in near)
+    assert caught[8] > caught[0] + 0.3
+    assert touched[8] <= 0.05
+
+
+def test_left_out_rows_are_asked_about_by_the_others(encoder: SharedEncoder, rng: np.random.Generator) -> None:
+    drawn = torch.from_numpy(rng.normal(size=(80, 2, 16))).float()
+    features, labels = torch.nn.functional.normalize(drawn, dim=2), torch.arange(80) % 2
+    settings, weights = DetectorSettings(folds=2), torch.ones(2, 2).double()
+    found = left_out_distances(features, labels, weights, settings=settings)
+    halves = [KMeans(2, n_init=3, random_state=0).fit_predict(features[labels == each].flatten(1).double().numpy())
+              for each in (0, 1)]  # fmt: skip
+    wanted = []
+    for large in (True, False):
+        out = torch.zeros(80, dtype=torch.bool)
+        for each, half in enumerate(halves):
+            larger = int(np.bincount(half).argmax())
+            out[labels == each] = torch.from_numpy((half == larger) == large)
+        others = detector_of(features[~out], labels[~out], features[out], encoder=encoder, settings=settings)
+        asked = replace(others, weights=weights)
+        wanted.append(Detectors([asked]).distances(features[out])[:, 0])
+    assert found is not None
+    torch.testing.assert_close(found, torch.cat(wanted))
+    assert left_out_distances(features[:9], None, weights, settings=settings) is None
+    assert left_out_distances(features, labels, weights, settings=replace(settings, folds=0)) is None
 
 
 def test_a_planted_read_fails_the_detector(learner: Learner, rows: Callable[..., Examples]) -> None:

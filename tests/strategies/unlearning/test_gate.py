@@ -28,7 +28,7 @@ def detector(
     factors = None if values is None else learner.layout.views(values)
     encoder = SharedEncoder(learner.adapted, layers=layers, factors=factors)
     request = AuditedRequest(examples)
-    settings = DetectorSettings(shape=Shape(shrinkage=0.5))
+    settings = DetectorSettings(shape=Shape(shrinkage=0.5), folds=0)
     return fit_detector(encoder, request, request.tokens(learner.task), settings=settings)
 
 

@@ -21,26 +21,9 @@ from strategies.unlearning.objectives import ASCEND, Descent, RandomLabels, Refu
 from tasks.examples import Examples
 from tasks.heads import pool
 from tasks.learner import Learner
+from tests.queries import fit_head
 
 QUICK = SlotSettings(rank=2, epochs=6, batch=8, rate=0.005)
-
-
-def fit_head(learner: Learner, examples: Examples) -> Tensor:
-    """Return a vector whose trained head tells the classes apart: least squares on pooled features."""
-    values = learner.start()
-    tokens = learner.task.tokenize(examples)
-    x = torch.zeros(len(tokens), learner.base.width)
-    for places, batch in learner.batches([(tokens, row) for row in range(len(tokens))]):
-        with torch.no_grad():
-            states = learner.adapted.base(input_ids=batch.input_ids, attention_mask=batch.mask).last_hidden_state
-        x[torch.from_numpy(places)] = pool(states, batch, "mean")
-    targets = torch.nn.functional.one_hot(torch.tensor(examples.labels), 4).float() * 8 - 4
-    ones = torch.ones(len(x), 1)
-    solved = torch.linalg.lstsq(torch.cat([x, ones], 1), targets).solution
-    views = learner.layout.views(values)
-    views["head", "weight"].copy_(solved[:-1].T)
-    views["head", "bias"].copy_(solved[-1])
-    return values
 
 
 def accuracy(learner: Learner, values: Tensor, examples: Examples, slots: list[Slot], weights: list[float]) -> float:
