@@ -149,7 +149,7 @@ class Load:
         given = {"port": server.port, "key": server.key, "seconds": seconds, "warmup": warmup, **asked}
         before = server.cpu()
         done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.serving_client", json.dumps(given)],
+            [sys.executable, "-c", "from benchmarks.serving_client import main; main()", json.dumps(given)],
             capture_output=True, text=True, check=True,
         )  # fmt: skip
         # The warm-up's share is taken out by time: both parts are the same load.

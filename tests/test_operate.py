@@ -1,7 +1,6 @@
 """The operating guide says what is there: every metric, every reason for a refusal, every error, no other command."""
 
 import ast
-import importlib
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -157,16 +156,14 @@ def test_every_reason_for_a_refusal_has_its_cause_and_its_remedy() -> None:
 
 
 def errors() -> set[str]:
-    """Return the public errors of the library by name."""
-    for name in trees():
-        if name.endswith(("errors.py", "wire.py", "events.py")):
-            importlib.import_module(name.removesuffix(".py").replace("/", "."))
-    found, waiting = {LetheError}, [LetheError]
-    while waiting:
-        for kind in waiting.pop().__subclasses__():
-            found.add(kind)
-            waiting.append(kind)
-    return {kind.__name__ for kind in found if kind.__module__.split(".")[0] in PACKAGES and kind.__name__[0] != "_"}
+    """Return the public errors of the library by name: LetheError, and every class that derives from one of them."""
+    classes = [node for tree in trees().values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    parents = {node.name: {ast.unparse(base).split(".")[-1] for base in node.bases} for node in classes}
+    found, more = set[str](), {LetheError.__name__}
+    while more:
+        found |= more
+        more = {name for name, bases in parents.items() if bases & found} - found
+    return {name for name in found if name[0] != "_"}
 
 
 def test_every_error_has_its_meaning_and_its_remedy() -> None:
