@@ -5,6 +5,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PACKAGES := lora tasks privacy strategies client server simulation lethe
 
+# Processes that share the tests, by whole files; the tests themselves keep to one thread each.
+WORKERS ?= 2
+
 BENCHMARKS := $(basename $(notdir $(shell grep -l __main__ benchmarks/*.py)))
 
 # A file per installed set of extras; older than the pins or the dependencies, it is made anew.
@@ -32,7 +35,7 @@ demo: $(DEMO) ## Fine-tune a real model with four simulated clients, privately (
 	HF_HUB_OFFLINE=1 $(BIN)/lethe simulate quickstart
 
 test: $(ALL) ## Run all tests but browsers, deployments, kills and slow ones (arguments by ARGS="tests/lora -x")
-	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not deployment and not faults and not browser and not slow' $(ARGS)
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not deployment and not faults and not browser and not slow' -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-browser: $(ALL) ## Look at the service's console in chromium, by keyboard and at phone width (skipped without it)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/server/console $(ARGS)

@@ -186,11 +186,13 @@ def answer(  # noqa: PLR0917 - typer reads options from parameters
     out: Annotated[Path, typer.Option(help="File to write the answer to.")],
     classes: Classes = None,
     model: Annotated[str, typer.Option(help="The base model here: its name, or a local directory.")] = "minilm",
-    ledger: Annotated[Path | None, typer.Option(help="The client's ledger, for noised statistics.")] = None,
+    ledger: Annotated[Path | None, typer.Option(help="The client's ledger, for noise.")] = None,
     client: Annotated[str, typer.Option(help="The client's name in the ledger.")] = "client",
-    epsilon: Annotated[float | None, typer.Option(help="The client's budget; none: no limit.")] = None,
+    epsilon: Annotated[float | None, typer.Option(help="The ledger's budget; none: no limit.")] = None,
     delta: Annotated[float, typer.Option(help="Delta of the budget.")] = 1e-5,
-    private: Annotated[bool, typer.Option("--private", help="Refused: a forget request has no epsilon yet.")] = False,
+    private: Annotated[
+        float | None, typer.Option(metavar="EPSILON", help="Make the whole answer private, at this epsilon.")
+    ] = None,
 ) -> None:
     """At the client: train slot and detector on its own rows, and write what may leave: tensors, no row."""
     from client.forgetting import Spending, answer_order
@@ -207,6 +209,10 @@ def answer(  # noqa: PLR0917 - typer reads options from parameters
     made = answer_order(asked, base, rows, classes=_names(classes), spending=spending, private=private)
     write_bytes(out, made.to_bytes())
     typer.echo(f"answer to order {made.request} from {len(rows)} rows, none of them in it: {out}")
+    if made.epsilon is not None:
+        typer.echo(
+            f"privacy  epsilon {made.epsilon:.4g} at delta {made.delta:g} per row, add/remove one; ledger {ledger}"
+        )
 
 
 # --- Opening ---------------------------------------------------------------------------------------------------------

@@ -62,15 +62,15 @@ def epsilon(events: Iterable[Event], *, delta: float) -> float:
 
 
 @lru_cache(maxsize=4096)
-def calibrate(*, epsilon: float, delta: float, rate: float, steps: int) -> float:
+def calibrate(*, epsilon: float, delta: float, rate: float, steps: int, beside: tuple[Event, ...] = ()) -> float:
     """Return the smallest noise multiplier (to 1e-3 of itself, never under) that keeps `steps` steps within epsilon.
 
-    The figure satisfies the `epsilon` of this module exactly, so a run that stays within `steps` is never refused.
-    Raises PrivacyError when no noise multiplier up to 10,000 reaches epsilon.
+    Events `beside` are within it too. The figure satisfies the `epsilon` of this module exactly, so a run that stays
+    within `steps` is never refused. Raises PrivacyError when no noise multiplier up to 10,000 reaches epsilon.
     """
 
     def cost(interval: float) -> Callable[[float], float]:
-        return lambda noise: _composed(((rate, noise, steps),), delta, interval)
+        return lambda noise: _composed(_merge((Event(rate, noise, steps), *beside)), delta, interval)
 
     Event(rate=rate, noise_multiplier=1.0, steps=steps)
     _check_delta(delta)

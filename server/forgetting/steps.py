@@ -184,10 +184,20 @@ def _accept_answer(stage: Stage, request: RequestFile) -> None:
         gated = fitting(store, answer, served)
         gated.detector.save(store.detector(request.id))
         save_slot(store.slot(request.id), gated, frames=served.frames)
-        told = {"block": gated.block, "a": answer.a, "statistics_noise": answer.noise}
+        told = {"block": gated.block, "a": answer.a, "statistics_noise": answer.noise, "privacy": _claimed(answer)}
         write_json(store.place(request.id) / TRAINED, told)
         _hold(stage, request, answer.classes)
     store.reservation(answer.request).unlink(missing_ok=True)
+
+
+def _claimed(answer: ForgetAnswer) -> dict[str, object] | None:
+    """Return what a private answer claims, by its client's word: nobody else can check it."""
+    if answer.epsilon is None:
+        return None
+    return {
+        "epsilon": answer.epsilon, "delta": answer.delta, "unit": "row", "adjacency": "add/remove one",
+        "sampling": "Poisson lots for the slot, all rows for the statistics", "claimed_by": "client",
+    }  # fmt: skip
 
 
 def _hold(stage: Stage, request: RequestFile, classes: tuple[str, ...]) -> None:

@@ -18,11 +18,16 @@ HELD_BACK = 0.2
 
 @dataclass(frozen=True)
 class AuditedRequest:
-    """A request's examples, divided at random into `used` rows and `held_back` ones; the audit counts every read."""
+    """A request's examples, divided at random into `used` rows and `held_back` ones; the audit counts every read.
+
+    With `whole` all rows are used ones: who is in which part would depend on how many there are, which differential
+    privacy has no words for.
+    """
 
     examples: Examples
     audit: Audit = field(default_factory=Audit)
     seed: int = 0
+    whole: bool = False
 
     def __post_init__(self) -> None:
         if len(self.examples) < 2:
@@ -55,5 +60,5 @@ class AuditedRequest:
     def _divided(self) -> tuple[Ids, Ids]:
         order = list(range(len(self.examples)))
         random.Random(f"request/{self.seed}").shuffle(order)
-        cut = max(1, round(HELD_BACK * len(order)))
+        cut = 0 if self.whole else max(1, round(HELD_BACK * len(order)))
         return np.sort(np.asarray(order[:cut], dtype=np.int64)), np.sort(np.asarray(order[cut:], dtype=np.int64))

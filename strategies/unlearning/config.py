@@ -102,7 +102,16 @@ class ForgettingConfig(Section):
     shrinkage: float = Field(0.8, ge=0, le=1)
     """Share of the mean variance in a detector's covariance."""
     statistics_noise: float = Field(0.0, ge=0)
-    """Noise multiplier of the statistics that a client sends; charged to the client's ledger. 0: none."""
+    """Noise multiplier of the statistics that a client sends; charged to the client's ledger. 0: none,
+    or for a private answer what a third of its epsilon allows."""
+    private_steps: int = Field(60, ge=1)
+    """Steps of a private answer's slot."""
+    private_lot: int = Field(128, ge=1)
+    """Rows expected in the Poisson lot of such a step."""
+    private_clip: float = Field(1.0, gt=0)
+    """Bound of a row's gradient over all B's."""
+    private_rate: float = Field(4.0, gt=0)
+    """SGD's rate for a private slot; falls to zero in a straight line."""
     replay: int = Field(10, ge=1)
     """Rows of every class that stays, for `gs-lora`."""
     replay_epochs: int = Field(8, ge=1)

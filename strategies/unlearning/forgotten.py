@@ -157,10 +157,11 @@ class Forgotten:
             rank=self.config.rank, epochs=self.config.epochs, batch=self.config.batch, rate=self.config.rate
         )
         start = Slot.fresh(self.sites, self.frames.block(block))
-        objective = self._objective(request, avoid, whole_classes)
+        objective = self.objective(request, avoid, whole_classes=whole_classes)
         return unlearn(self.learner, request, objective, model=self.values, slot=start, settings=settings, seed=seed)
 
-    def _objective(self, request: AuditedRequest, avoid: Collection[int], whole_classes: bool) -> Objective:
+    def objective(self, request: AuditedRequest, avoid: Collection[int], *, whole_classes: bool) -> Objective:
+        """Return what a request's slot learns to say. Raises DataError where no label is left."""
         if self.config.objective == "random":
             return RandomLabels(range(len(self.learner.labels)), avoid=avoid, own=not whole_classes)
         ask = runner_up if whole_classes else own_runner_up

@@ -187,7 +187,7 @@ class _Work:
         """Take one step on a batch; returns its mean loss and its number of rows."""
         own, learner = self.model, self.learner
         blocks = learner.layout.views(own)
-        stacked = self._stacked(blocks)
+        stacked = stacked_factors(learner, blocks, self.start.layout, self.values)
         gradient = torch.zeros_like(self.values)
         sink = _SlotGradients(self.start.layout, gradient, learner.adapted.frame.rank, self.parts)
         beside = self._without(batch, blocks)
@@ -208,15 +208,6 @@ class _Work:
         with self.learner.adapted.bound(blocks) as base:
             return self.learner.task.answer(base, batch, blocks, None).loss
 
-    def _stacked(self, blocks: Blocks) -> dict[tuple[Part, str], Tensor]:
-        """Return the factors of both as one: A `[r_model + r, d_in]`, B `[d_out, r_model + r]`."""
-        frame = self.learner.adapted.frame.matrices
-        found = dict(blocks)
-        for (part, name), view in self.start.layout.views(self.values).items():
-            first = blocks.get((part, name), frame[name]) if part == "A" else blocks[part, name]
-            found[part, name] = torch.cat([first, view], dim=0 if part == "A" else 1)
-        return found
-
     def _add_penalty(self, gradient: Tensor) -> None:
         if not self.earlier or "A" not in self.parts or not self.settings.penalty:
             return
@@ -225,6 +216,16 @@ class _Work:
         pushed = overlap_gradient(current, self.earlier, layers=layer_count(current))
         for name, grad in pushed.items():
             gradient[self.start.layout.slices["A", name]] += self.settings.penalty * grad.flatten()
+
+
+def stacked_factors(learner: Learner, blocks: Blocks, layout: Layout, values: Tensor) -> dict[tuple[Part, str], Tensor]:
+    """Return the model's factors with a slot's below them: A `[r_model + r, d_in]`, B `[d_out, r_model + r]`."""
+    frame = learner.adapted.frame.matrices
+    found = dict(blocks)
+    for (part, name), view in layout.views(values).items():
+        first = blocks.get((part, name), frame[name]) if part == "A" else blocks[part, name]
+        found[part, name] = torch.cat([first, view], dim=0 if part == "A" else 1)
+    return found
 
 
 def layer_count(sites: Mapping[str, Tensor]) -> int:

@@ -114,6 +114,9 @@ class ForgetAnswer:
     rows: int
     noise: float = 0.0
     """Noise multiplier of the statistics; 0: none."""
+    epsilon: float | None = None
+    """What the answer as a whole costs at `delta`, per row, add/remove one; None: it is not private."""
+    delta: float | None = None
 
     @classmethod
     def of(cls, order: ForgetOrder, gated: GatedSlot, *, digest: str, **rest: Any) -> "ForgetAnswer":
@@ -132,6 +135,8 @@ class ForgetAnswer:
             "classes": list(self.classes),
             "rows": self.rows,
             "noise": self.noise,
+            "epsilon": self.epsilon,
+            "delta": self.delta,
             "detector": self.detector.about(),
         }
         return _sealed("answer", tensors, about)
@@ -147,7 +152,8 @@ class ForgetAnswer:
             detector = Detector.of(_named(tensors, "detector."), about["detector"])
             place = (str(about["request"]), int(about["block"]), str(about["adapter"]), str(about["a"]))
             rest = (tuple(map(str, about["classes"])), int(about["rows"]), float(about["noise"]))
-            return cls(*place, tensors["b"], detector, *rest)
+            spent = (None if about[name] is None else float(about[name]) for name in ("epsilon", "delta"))
+            return cls(*place, tensors["b"], detector, *rest, *spent)
         except _DAMAGED as error:
             raise WrongUpdate(f"the answer cannot be read ({error}); let the client train again") from error
 

@@ -3,13 +3,15 @@
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 from client.forgetting import Spending, answer_order
 from lora.errors import BudgetExceeded, DataError, ModelError, PrivacyError
+from privacy.accounting import Event, epsilon
 from privacy.ledger import Ledger
 from privacy.randomness import SeededRandomness
 from strategies.unlearning.config import ForgettingConfig
-from strategies.unlearning.remote import ForgetOrder
+from strategies.unlearning.remote import ForgetAnswer, ForgetOrder
 from tasks.exported import ExportedClassifier
 from tasks.models import BaseModel, load_base, weights_digest
 from tests.queries import TINY, export_classifier, queries
@@ -62,10 +64,46 @@ def test_statistics_are_charged_before_their_noise_is_drawn(
     assert len(ledger.rows("clinic")) == before
 
 
+class Watched(SeededRandomness):
+    """Seeded draws that fail where less was charged than has to be, and count what is drawn."""
+
+    def __init__(self, ledger: Ledger, events: int) -> None:
+        super().__init__(0)
+        self.ledger, self.events, self.drawn = ledger, events, 0
+
+    def gaussian(self, size: int) -> Tensor:
+        assert len(self.ledger.rows("clinic")) == self.events
+        self.drawn += size
+        return super().gaussian(size)
+
+
+def test_a_private_answer_is_charged_before_anything_is_drawn_and_costs_what_it_says(
+    classifier: ExportedClassifier, base: BaseModel, tmp_path: Path
+) -> None:
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    asked = order(classifier, base)
+    spending, source = Spending(ledger, "clinic", budget=9.0, delta=1e-4), Watched(ledger, 2)
+    answer = answer_order(
+        asked, base, queries(3), classes=("money",), spending=spending, private=8.0, randomness=source
+    )
+    slot, statistics = ledger.rows("clinic")
+    assert (slot.sampling, statistics.sampling) == ("poisson", "none") and statistics.steps == 2
+    assert slot.steps == asked.config.private_steps and slot.rate == 1.0
+    told = epsilon([Event(e.rate, e.noise_multiplier, e.steps) for e in (slot, statistics)], delta=1e-4)
+    assert answer.epsilon == pytest.approx(told) and 7.9 < told <= 8.0 and answer.delta == 1e-4
+    # Every B of every step, and both releases: nothing in the answer is without noise.
+    assert source.drawn == slot.steps * answer.b.numel() + (1 + base.width) + 48
+    again = ForgetAnswer.from_bytes(answer.to_bytes())
+    assert (again.epsilon, again.delta) == (answer.epsilon, answer.delta) and again.b.equal(answer.b)
+    assert not any(text.encode() in answer.to_bytes() for text in queries(3).texts)
+    with pytest.raises(BudgetExceeded):
+        answer_order(asked, base, queries(3), spending=spending, private=8.0, randomness=Watched(ledger, -1))
+
+
 def test_what_is_refused(classifier: ExportedClassifier, base: BaseModel) -> None:
     plain = order(classifier, base)
-    with pytest.raises(PrivacyError, match="no epsilon can be stated"):
-        answer_order(plain, base, queries(3), private=True)
+    with pytest.raises(PrivacyError, match="private=8: a private answer is charged to a ledger"):
+        answer_order(plain, base, queries(3), private=8.0)
     with pytest.raises(PrivacyError, match="charged to a ledger, and none is given"):
         answer_order(order(classifier, base, noise=1.0), base, queries(3))
     with pytest.raises(DataError, match="7 rows is too small"):

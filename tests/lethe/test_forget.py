@@ -110,9 +110,12 @@ def test_a_client_forgets_by_order_and_answer(lethe: Run, store: Path, tmp_path:
     answered = lethe("forget", "answer", "order.lethe", "--examples", "mine.jsonl", "--class", "weather", "--model",
                      "tiny-bert", "--out", "answer.lethe")  # fmt: skip
     assert answered.code == 0 and "24 rows, none of them in it" in answered.out, answered.err
-    refused = lethe("forget", "answer", "order.lethe", "--examples", "mine.jsonl", "--model", "tiny-bert", "--private",
-                    "--out", "x")  # fmt: skip
-    assert refused.code == 2 and "no epsilon can be stated" in refused.err and not Path("x").exists()
+    private = ("forget", "answer", "order.lethe", "--examples", "mine.jsonl", "--class", "weather", "--model",
+               "tiny-bert", "--private", "8", "--out", "private.lethe")  # fmt: skip
+    refused = lethe(*private)
+    assert refused.code == 2 and "--ledger FILE" in refused.err and not Path("private.lethe").exists()
+    paid = lethe(*private, "--ledger", "ledger.sqlite", "--delta", "1e-4")
+    assert paid.code == 0 and "at delta 0.0001 per row, add/remove one" in paid.out, paid.err
     added = lethe("forget", "add", "--in", "store", "--client", "clinic", "--answer", "answer.lethe")
     assert added.code == 0 and "forget rows of client" in added.out and "clinic" not in added.out
     assert lethe("forget", "verify", added.id, "--in", "store", "--subject", "clinic").code == 0
