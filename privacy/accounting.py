@@ -65,8 +65,9 @@ def epsilon(events: Iterable[Event], *, delta: float) -> float:
 def calibrate(*, epsilon: float, delta: float, rate: float, steps: int, beside: tuple[Event, ...] = ()) -> float:
     """Return the smallest noise multiplier (to 1e-3 of itself, never under) that keeps `steps` steps within epsilon.
 
-    Events `beside` are within it too. The figure satisfies the `epsilon` of this module exactly, so a run that stays
-    within `steps` is never refused. Raises PrivacyError when no noise multiplier up to 10,000 reaches epsilon.
+    Events `beside` are within it too; then epsilon is met to 1e-3. The figure satisfies the `epsilon` of this module
+    exactly, so a run that stays within `steps` is never refused. Raises PrivacyError when no noise multiplier up to
+    10,000 reaches epsilon.
     """
 
     def cost(interval: float) -> Callable[[float], float]:

@@ -116,6 +116,19 @@ def test_calibration_meets_any_reachable_target(target: float, rate: float, step
     assert target * 0.99 <= epsilon([Event(rate, noise, steps)], delta=delta) <= target
 
 
+@pytest.mark.parametrize("noise", [1.5, 4.0])
+def test_calibration_leaves_room_for_what_stands_beside_it(noise: float) -> None:
+    beside = (Event(rate=1.0, noise_multiplier=noise, steps=2),)
+    found = calibrate(epsilon=6.0, delta=1e-5, rate=0.1, steps=60, beside=beside)
+    assert 0.99 * 6.0 <= epsilon([Event(0.1, found, 60), *beside], delta=1e-5) <= 6.0
+    assert found > calibrate(epsilon=6.0, delta=1e-5, rate=0.1, steps=60)
+
+
+def test_no_noise_makes_room_where_what_stands_beside_it_costs_too_much() -> None:
+    with pytest.raises(PrivacyError, match="out of reach"):
+        calibrate(epsilon=1.0, delta=1e-5, rate=0.1, steps=60, beside=(Event(1.0, 1.0, 1),))
+
+
 @pytest.mark.parametrize(
     ("case", "golden"), [((1.0, 32 / 2000), 1.575), ((3.0, 32 / 2000), 0.873), ((8.0, 128 / 2000), 1.124)]
 )
