@@ -105,12 +105,11 @@ def test_training_sees_the_model_that_the_overlay_answers_with(
     values = learner.start() + 0.05 * torch.randn(learner.layout.size, generator=noise)
     slot = fresh(learner)
     slot.values.add_(0.1 * torch.randn(slot.values.shape, generator=noise))
-    work = o3._Work(learner, values, slot, settings=QUICK, earlier=[])
     tokens = learner.task.tokenize(rows(0))
     _, batch = learner.batches([(tokens, row) for row in range(5)])[0]
     blocks = learner.layout.views(values)
     with torch.no_grad():
-        with learner.adapted.bound(work._stacked(blocks)) as base:
+        with learner.adapted.bound(o3.stacked_factors(learner, blocks, slot.layout, slot.values)) as base:
             stacked = learner.task.answer(base, batch, blocks, None).loss
         overlay = Overlay.of(slot_bank([slot]), Gate.mixture(torch.ones(len(batch), 1)))
         torch.testing.assert_close(learner.answers(values, batch, overlay=overlay).loss, stacked, atol=1e-5, rtol=1e-5)
