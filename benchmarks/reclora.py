@@ -17,9 +17,9 @@ With `--kept` a directory keeps every seed's recommenders and language model and
 was broken off goes on. (It is for the same command only: nothing else is compared.) With `--part` the figures are
 written beside those that the results file has, their names led by the part's.
 
-- AUC, log loss: mean over seeds, with the spread. `vs single`, `vs stack`: AUC minus that of the single LoRA of equal
-  parameters, and of stack + arm minus the stack alone: means over seeds, whole users redrawn, 95 %. The results file
-  also has the differences from the other single LoRA and from the uniform and the random gate.
+- AUC, log loss, accuracy: mean over seeds, with the spread. `vs single`, `vs stack`: AUC minus that of the single LoRA
+  of equal parameters, and of stack + arm minus the stack alone: means over seeds, whole users redrawn, 95 %. The
+  results file also has the differences from the other arms of `BEATEN`.
 - stacked: AUC of the recommenders' stack with the arm as one more member.
 - NDCG@10: the item that came next among 100 that its user never rates, `--ranked` test rows drawn anew for each seed.
 - swapped gate: routed as another user, whose history is not told; swapped: another user's history in all.
@@ -65,8 +65,9 @@ DEFAULT = ("reclora-product-shared-user", "reclora-product-own-user", "reclora-f
 BEATEN = (SINGLE, "single-lora-equal-rank", "uniform-gate", "random-gate", "score-in-prompt", "retrieved-history")
 SIMPLE: Mapping[str, Callable[[], Recommender]] = {"item mean": ItemMean, "item + recent level": recent_level}
 READER = "language model alone"
-HEADING = ("split", "arm", "AUC", "log loss", "vs single", "vs uniform", "vs swapped gate", "stacked", "vs stack",
-           "NDCG@10", "swapped gate", "swapped", "entropy", "information", "cosine", "numbers", "CPU s")  # fmt: skip
+HEADING = ("split", "arm", "AUC", "log loss", "accuracy", "vs single", "vs uniform", "vs swapped gate", "stacked",
+           "vs stack", "NDCG@10", "swapped gate", "swapped", "entropy", "information", "cosine", "numbers",
+           "CPU s")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -310,8 +311,9 @@ def table(split: Split, found: Mapping[str, Found], beside: Mapping[tuple[str, s
             each.told(figure) for figure in ("ndcg10", "swapped_gate", "swapped", "entropy", "information", "cosine")
         ]
         numbers = [each.told(figure, 0) for figure in ("numbers", "cpu_s")]
-        lines.append([split.name, name, each.told("auc"), each.told("log_loss"), single, uniform, rerouted,
-                      each.told("stacked"), stacked, *shown, *numbers])  # fmt: skip
+        scores = [each.told(figure) for figure in ("auc", "log_loss", "accuracy")]
+        lines.append([split.name, name, *scores, single, uniform, rerouted, each.told("stacked"), stacked, *shown,
+                      *numbers])  # fmt: skip
     return lines
 
 

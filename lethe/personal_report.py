@@ -115,7 +115,8 @@ def _arms(record: RunRecord) -> str:
             label="AUC of likes, test rows",
         ),
     ]
-    return grid(charts) + table(["arm", "AUC", "log loss", "NDCG@10", "Hit@10", "numbers trained"], _rows(arms))
+    heading = ["arm", "AUC", "log loss", "accuracy", "NDCG@10", "Hit@10", "numbers trained"]
+    return grid(charts) + table(heading, _rows(arms))
 
 
 def _signed(value: float) -> str:
@@ -123,7 +124,7 @@ def _signed(value: float) -> str:
 
 
 def _rows(arms: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    columns = ("auc", "log_loss", "ndcg10", "hit10")
+    columns = ("auc", "log_loss", "accuracy", "ndcg10", "hit10")
     return [
         [
             _named(each["name"]),

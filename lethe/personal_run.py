@@ -233,7 +233,7 @@ def _planned(run: PersonalRun) -> int:
 
 
 def _row(each: Found) -> dict[str, Any]:
-    figures = ("auc", "log_loss", "ndcg10", "hit10", "mrr", "numbers")
+    figures = ("auc", "log_loss", "accuracy", "ndcg10", "hit10", "mrr", "numbers")
     row = {figure: each.mean(figure) for figure in figures}
     return row | {f"{figure}_spread": each.spread(figure) for figure in figures[:-1]}
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from peft import PeftModel
 from safetensors.torch import load_file
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import accuracy_score, roc_auc_score
 from transformers import AutoModelForCausalLM
 
 from lethe.cli import main
@@ -70,10 +70,12 @@ def test_the_summary_has_what_was_asked_for(played: Played) -> None:
 
 def test_figures_are_scikit_learns_over_seeds(played: Played) -> None:
     for name, logits in played.logits.items():
-        each = [roc_auc_score(played.labels, row) for row in logits]
-        key = f"auc_{name.lower().replace('-', '_')}"
-        assert played.summary[key] == pytest.approx(np.mean(each))
-        assert played.summary[f"{key}_spread"] == pytest.approx(np.std(each, ddof=1), abs=1e-9)
+        aucs, rights = zip(*((roc_auc_score(played.labels, row), accuracy_score(played.labels, row > 0))
+                             for row in logits), strict=True)  # fmt: skip
+        for figure, each in (("auc", aucs), ("accuracy", rights)):
+            key = f"{figure}_{name.lower().replace('-', '_')}"
+            assert played.summary[key] == pytest.approx(np.mean(each))
+            assert played.summary[f"{key}_spread"] == pytest.approx(np.std(each, ddof=1), abs=1e-9)
 
 
 def test_differences_are_those_of_the_table_and_inside_their_intervals(played: Played) -> None:
