@@ -18,6 +18,12 @@ WORDS = {
     "reclora": "RecLoRA",
     "stack": "stack of recommenders",
     "stack-with-reclora": "stack with RecLoRA",
+    "single-lora-equal-rank": "single LoRA of equal rank",
+    "unadapted": "language model without adapter",
+    "uniform-gate": "uniform gate",
+    "random-gate": "random gate",
+    "score-in-prompt": "score told in the prompt",
+    "retrieved-history": "most similar events told",
 }
 _LIKED, _NOT_LIKED = 3, 2
 _FILES = ("adapter", "base", "metrics.jsonl", "summary.json", "config.yaml")
@@ -105,7 +111,7 @@ def _arms(record: RunRecord) -> str:
             differences,
             form=_signed,
             label="AUC",
-            note="Lines: 95 %, whole users redrawn, the same for both; grey where zero is inside.",
+            note="Lines: 95 %, whole users redrawn, the same for both; a grey dot: zero is inside.",
         ),
         row_bars(
             f"AUC above {base:.2f}",
