@@ -36,7 +36,7 @@ def personal_page(record: RunRecord) -> str:
         ("Arms", _arms(record)),
         ("Training", _training(record)),
         (f"User {record.portrait.get('user')}", _user(record.portrait)),
-        ("Which meta-LoRAs were mixed", _mixture(record.portrait)),
+        ("Which meta-LoRAs were mixed", _mixture(record.portrait, zero=bool(record.summary.get("untrained")))),
         ("The run file, all defaults filled in", settings_of(record.config)),
     ]
     return document(name, _header(name, record) + _tiles(record.summary), sections, footer=_footer(record))
@@ -221,9 +221,10 @@ def _recommended(title: str, items: Sequence[Mapping[str, Any]], *, note: str = 
     )
 
 
-def _mixture(portrait: Mapping[str, Any]) -> str:
+def _mixture(portrait: Mapping[str, Any], *, zero: bool) -> str:
     if not portrait:
         return ""
+    empty = " All are still zero, so the weights change no answer yet." if zero else ""
     columns = [str(number) for number in range(1, len(portrait["usage"]) + 1)]
     charts = [
         plots.heat(
@@ -232,7 +233,7 @@ def _mixture(portrait: Mapping[str, Any]) -> str:
             columns,
             portrait["weights"],
             label="meta-LoRA",
-            note="A row sums to one.",
+            note=f"A row sums to one.{empty}",
         ),
         row_bars(
             "Mean weight over the matrices",

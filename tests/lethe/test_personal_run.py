@@ -173,6 +173,7 @@ def test_the_report_shows_arms_curves_and_the_user_in_pictures(played: Played) -
         "Mean weight over the matrices",
     ):
         assert sum(label.startswith(start) for label in page.pictures) == 1, start
+    assert ("All are still zero" in text) == played.summary["untrained"]
     assert "prefers-color-scheme:dark" in text
     assert "http" not in text.replace("http://www.w3.org", "")
     (portrait,) = [line for line in played.lines if line["kind"] == "portrait"]
