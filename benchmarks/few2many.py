@@ -111,9 +111,9 @@ def figures_of(found: Points, beside: Mapping[tuple[str, int], Interval], arms: 
             figures[f"{key}_{figure}"] = statistics.fmean(values)
             if len(values) > 1 and figure != "kept":
                 figures[f"{key}_{figure}_spread"] = statistics.stdev(values)
-    for (name, size), each in beside.items():
+    for (name, size), interval in beside.items():
         key = f"{arms[0]}_minus_{name}_{size}".replace("-", "_")
-        figures |= {key: each.value, f"{key}_low": each.low, f"{key}_high": each.high}
+        figures |= {key: interval.value, f"{key}_low": interval.low, f"{key}_high": interval.high}
     return figures
 
 
