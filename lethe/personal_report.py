@@ -62,7 +62,9 @@ def _tiles(summary: Mapping[str, Any]) -> str:
         (
             "AUC, RecLoRA",
             _figure(summary, "auc_reclora"),
-            UNTRAINED if summary["untrained"] else f"single LoRA {_figure(summary, 'auc_single_lora')}",
+            UNTRAINED
+            if summary["untrained"]
+            else f"single LoRA {_figure(summary, 'auc_single_lora')}{_started(summary)}",
         ),
         (
             "AUC, stack with RecLoRA",
@@ -83,6 +85,10 @@ def _tiles(summary: Mapping[str, Any]) -> str:
         ("Time", duration(summary["wall_s"]), f"{summary['test_rows']:,} test rows"),
     ]
     return tile_list(tiles)
+
+
+def _started(summary: Mapping[str, Any]) -> str:
+    return ", which kept its start" if summary.get("kept_epoch_single_lora") == 0 else ""
 
 
 def _figure(summary: Mapping[str, Any], key: str) -> str:

@@ -15,7 +15,7 @@ from sklearn.metrics import accuracy_score, roc_auc_score
 from transformers import AutoModelForCausalLM
 
 from lethe.cli import main
-from lethe.progress import UNTRAINED, personal_lines
+from lethe.progress import SINGLE_UNTRAINED, UNTRAINED, personal_lines
 from lethe.report import write_report
 from strategies.personal.comparison import Comparison
 from tests.ratings import LITTLE, write_ratings
@@ -109,6 +109,9 @@ def test_adapters_that_stay_at_their_start_are_said_to(played: Played) -> None:
     assert played.summary["untrained"] == all(starts)
     assert (UNTRAINED in played.out) == all(starts)
     lines = personal_lines(played.summary | {"untrained": True})
+    for kept in (0, 1):
+        told = personal_lines(played.summary | {"kept_epoch_single_lora": kept})
+        assert any(SINGLE_UNTRAINED in line for line in told) == (kept == 0)
     assert lines[-1] == f"kept     {UNTRAINED}" and len(lines) == 1 + len(
         personal_lines(played.summary | {"untrained": False})
     )
