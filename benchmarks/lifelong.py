@@ -158,22 +158,29 @@ def picture(runs: Sequence[Replayed], arms: Sequence[str]) -> str:
              for arm in arms]  # fmt: skip
     names = [*runs[0].newcomers(arms[0])]
     known = [[statistics.fmean(run.newcomers(arm)[name].log_loss for run in runs) for name in names] for arm in arms]
-    left = _panel("log loss by period", [f"{i + 1}" for i in range(runs[0].periods)], arms, drift)
-    right = _panel("newcomers: log loss by events seen before", names, arms, known)
+    left = panel("log loss by period", [f"{i + 1}" for i in range(runs[0].periods)], arms, drift)
+    right = panel("newcomers: log loss by events seen before", names, arms, known)
+    return drawn("Replay in order of time", left, right, arms)
+
+
+def drawn(title: str, left: str, right: str, arms: Sequence[str]) -> str:
+    """Return two panels side by side over one legend, as a picture of its own."""
+    step = 960 // len(arms)
     legend = "".join(
-        f'<g class="curve-key"><rect class="f{hue}" x="{10 + 160 * (hue - 1)}" y="268" width="10" height="10"/>'
-        f'<text x="{25 + 160 * (hue - 1)}" y="277">{arm}</text></g>'
+        f'<g class="curve-key"><rect class="f{hue}" x="{10 + step * (hue - 1)}" y="268" width="10" height="10"/>'
+        f'<text x="{25 + step * (hue - 1)}" y="277">{arm}</text></g>'
         for hue, arm in enumerate(arms, start=1)
     )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 980 290" width="980" height="290" role="img" '
-        f'aria-label="Replay in order of time"><style>{STYLE}</style><rect width="980" height="290" '
+        f'aria-label="{title}"><style>{STYLE}</style><rect width="980" height="290" '
         f'fill="var(--bg)"/>{left}<g transform="translate(490 0)">{right}</g>'
         f"{legend}</svg>\n"
     )
 
 
-def _panel(label: str, names: Sequence[str], arms: Sequence[str], values: Sequence[Sequence[float]]) -> str:
+def panel(label: str, names: Sequence[str], arms: Sequence[str], values: Sequence[Sequence[float]]) -> str:
+    """Draw one line an arm over named places."""
     heights = [value for row in values for value in row if np.isfinite(value)]
     room = 0.05 * (max(heights) - min(heights)) + 1e-6
     canvas = Canvas((-0.2, len(names) - 0.8), (min(heights) - room, max(heights) + room))

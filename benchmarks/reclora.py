@@ -3,7 +3,7 @@
     python -m benchmarks.reclora [--data FOLDER_OR_CSV] [--seeds 5] [--splits per-user global-time] [--arms NAME ...]
         [--base reader] [--scorer MF] [--routers MF DIN] [--recommenders MF DIN ...] [--sample 16384] [--validation]
         [--set temperature=0.3 epochs=1 ...] [--own single-lora-equal-rank:rate=0.001 ...] [--rates 0.001 0.004 ...]
-        [--ranked 100] [--curve 256 1024 4096] [--kept DIRECTORY]
+        [--ranked 100] [--part NAME] [--kept DIRECTORY]
 
 Without `--data` the built-in world, where no arm gains. All arms of a seed share recommenders, cross-fitted scores of
 training rows, the sample, prompts, and a language model that is trained here without the sample (`--base reader`), or
@@ -14,23 +14,21 @@ training and weighs the stack.
 Arms of different size want rates of their own. `--rates` tries them for every arm that trains, with seed 0 on the
 first split: the first half of its validation rows ends training, the second chooses, by log loss. `--own` names them.
 With `--kept` a directory keeps every seed's recommenders and language model and every arm's answers, and a run that
-was broken off goes on. (It is for the same command only: nothing else is compared.)
+was broken off goes on. (It is for the same command only: nothing else is compared.) With `--part` the figures are
+written beside those that the results file has, their names led by the part's.
 
-- AUC, log loss: mean over seeds, with the spread. `vs single`, `vs stack`: AUC minus that of the single LoRA of equal
-  parameters, and of stack + arm minus the stack alone: means over seeds, whole users redrawn, 95 %. The results file
-  also has the differences from the other single LoRA and from the uniform and the random gate.
+- AUC, log loss, accuracy: mean over seeds, with the spread. `vs single`, `vs stack`: AUC minus that of the single LoRA
+  of equal parameters, and of stack + arm minus the stack alone: means over seeds, whole users redrawn, 95 %. The
+  results file also has the differences from the other arms of `BEATEN`.
 - stacked: AUC of the recommenders' stack with the arm as one more member.
 - NDCG@10: the item that came next among 100 that its user never rates, `--ranked` test rows drawn anew for each seed.
 - swapped gate: routed as another user, whose history is not told; swapped: another user's history in all.
 - entropy (share of ln N), information (nats) and cosine of the meta-LoRAs.
-- `--curve`: the first arm again, on so many rows of its sample (Few2Many): AUC and log loss of the test rows of the
-  first split, alone.
 """
 
 import argparse
 import json
 import pickle
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -46,7 +44,6 @@ from lora.config import AdapterConfig
 from lora.errors import LetheError
 from strategies.personal.comparison import Asked, Found, note
 from strategies.personal.config import ComparisonConfig, PersonalConfig, RouterName
-from strategies.personal.fitting import learning_curve
 from strategies.personal.personalized import Personalized
 from strategies.personal.recommenders.factors import recent_level
 from strategies.personal.recommenders.levels import ItemMean
@@ -58,18 +55,19 @@ from strategies.personal.world import RECOMMENDERS, World, base_of
 from tasks.recommendation.config import RatingsConfig, ReadingModelConfig
 from tasks.recommendation.files import load_interactions
 from tasks.recommendation.interactions import Floats, Interactions, Queries
-from tasks.recommendation.metrics import Interval, Labels, auc, likes, paired_bootstrap
+from tasks.recommendation.metrics import Interval, auc, likes, paired_bootstrap
 from tasks.recommendation.reader import read
 from tasks.recommendation.splits import SPLITS, Split
 
 SINGLE = "single-lora-equal-parameters"
 DEFAULT = ("reclora-product-shared-user", "reclora-product-own-user", "reclora-factor-own-pair", SINGLE,
            "single-lora-equal-rank", "uniform-gate", "random-gate", "unadapted")  # fmt: skip
-BEATEN = (SINGLE, "single-lora-equal-rank", "uniform-gate", "random-gate")
+BEATEN = (SINGLE, "single-lora-equal-rank", "uniform-gate", "random-gate", "score-in-prompt", "retrieved-history")
 SIMPLE: Mapping[str, Callable[[], Recommender]] = {"item mean": ItemMean, "item + recent level": recent_level}
 READER = "language model alone"
-HEADING = ("split", "arm", "AUC", "log loss", "vs single", "vs uniform", "vs swapped gate", "stacked", "vs stack",
-           "NDCG@10", "swapped gate", "swapped", "entropy", "information", "cosine", "numbers", "CPU s")  # fmt: skip
+HEADING = ("split", "arm", "AUC", "log loss", "accuracy", "vs single", "vs uniform", "vs swapped gate", "stacked",
+           "vs stack", "NDCG@10", "swapped gate", "swapped", "entropy", "information", "cosine", "numbers",
+           "CPU s")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -231,32 +229,35 @@ class Seeded:
             each.add(swapped=auc(asked.labels, arm.logits(log, asked.others)))
 
 
-def searched(plan: Plan, names: Sequence[str], rates: Sequence[float], own: Mapping[str, Mapping[str, str]]) -> dict[
-    str, dict[str, str]
-]:  # fmt: skip
+def searched(
+    plan: Plan, names: Sequence[str], rates: Sequence[float], own: Mapping[str, Mapping[str, str]]
+) -> dict[str, dict[str, str]]:
     """Try rates for every arm that trains, seed 0; return the settings of each with the rate of least log loss."""
     found = {name: dict(own.get(name, {})) for name in names}
-    halves = halved(plan.split)
-    labels, queries = plan.log.likes[halves.test], plan.log.queries(halves.test)
     seeded = Seeded(plan, 0)
     for name in names:
         if "epochs" in variant(name).changes or "rate" in found[name]:
             continue
-        tried = {rate: _tried(seeded, halves, name, found[name], rate, queries, labels) for rate in rates}
+        tried = {rate: _tried(seeded, name, {**found[name], "rate": str(rate)}) for rate in rates}
         found[name]["rate"] = str(min(tried, key=lambda rate: tried[rate]))
-        print(f"rates of {name}: {', '.join(f'{r:g} {loss:.5f}' for r, loss in tried.items())}", flush=True)
+        told = ", ".join(f"{rate:g} {loss:.5f}" for rate, loss in tried.items())
+        print(f"rates of {name}{_sampled(found[name])}: {told}", flush=True)
     return found
 
 
-def _tried(  # noqa: PLR0917 (private)
-    seeded: Seeded, halves: Split, name: str, own: Mapping[str, str], rate: float, queries: Queries, labels: Labels
-) -> float:
-    path = seeded.plan.path(0, f"rate-{rate:g}-{name}.json")
+def _sampled(changes: Mapping[str, str]) -> str:
+    return f", {changes['sample']} rows" if "sample" in changes else ""
+
+
+def _tried(seeded: Seeded, name: str, changes: Mapping[str, str]) -> float:
+    """Return an arm's log loss on the half of the validation rows that ended no training."""
+    plan, what = seeded.plan, "-".join([*changes.values(), name])
+    path = plan.path(0, f"tried-{what}.json")
     if path is not None and path.exists():
         return float(json.loads(path.read_text()))
-    config = seeded.plan.configured({**own, "rate": str(rate)})
-    arm = replace(seeded.world, split=halves).fitted(name, config, seeded.plan.adapter)
-    loss = likes(labels, arm.logits(seeded.log, queries)).log_loss
+    halves = halved(plan.split)
+    arm = replace(seeded.world, split=halves).fitted(name, plan.configured(changes), plan.adapter)
+    loss = likes(plan.log.likes[halves.test], arm.logits(plan.log, plan.log.queries(halves.test))).log_loss
     if path is not None:
         path.write_text(json.dumps(loss))
     return loss
@@ -276,37 +277,6 @@ def gathered(plan: Plan, own: Mapping[str, Mapping[str, str]]) -> dict[str, Foun
             each.stacked += one.stacked
             each.rerouted += one.rerouted
             each.add(**{figure: values[0] for figure, values in one.figures.items()})
-    return found
-
-
-def learned(plan: Plan, own: Mapping[str, Mapping[str, str]]) -> dict[int, Found]:
-    """Return what the first arm makes of parts of its sample, over all seeds."""
-    name, found = plan.chosen.arms[0], {size: Found() for size in plan.chosen.curve}
-    for seed in range(plan.chosen.seeds if found else 0):
-        seeded = Seeded(plan, seed)
-        for size, each in found.items():
-            for key, value in _point(seeded, name, size, own.get(name, {})).items():
-                each.add(**{key: value})
-        told = ", ".join(f"{size}: {each.figures['auc'][-1]:.4f}" for size, each in found.items())
-        print(f"{plan.split.name}, seed {seed}, {name} by sample: {told}", flush=True)
-    return found
-
-
-def _point(seeded: Seeded, name: str, size: int, own: Mapping[str, str]) -> dict[str, float]:
-    path = seeded.plan.path(seeded.seed, f"curve-{size}.json")
-    if path is not None and path.exists():
-        return dict(json.loads(path.read_text()))
-    world, plan = seeded.world, seeded.plan
-
-    def make(rows: int) -> Personalized:
-        return world.arm(name, plan.configured({**own, "sample": str(rows)}), plan.adapter)
-
-    (point,) = learning_curve(
-        make, plan.log, plan.split, [size], seed=seeded.seed, training_scores=world.training_scores
-    )
-    found = {"auc": point.auc, "log_loss": point.log_loss, "kept": float(point.kept_epoch)}
-    if path is not None:
-        path.write_text(json.dumps(found))
     return found
 
 
@@ -341,8 +311,9 @@ def table(split: Split, found: Mapping[str, Found], beside: Mapping[tuple[str, s
             each.told(figure) for figure in ("ndcg10", "swapped_gate", "swapped", "entropy", "information", "cosine")
         ]
         numbers = [each.told(figure, 0) for figure in ("numbers", "cpu_s")]
-        lines.append([split.name, name, each.told("auc"), each.told("log_loss"), single, uniform, rerouted,
-                      each.told("stacked"), stacked, *shown, *numbers])  # fmt: skip
+        scores = [each.told(figure) for figure in ("auc", "log_loss", "accuracy")]
+        lines.append([split.name, name, *scores, single, uniform, rerouted, each.told("stacked"), stacked, *shown,
+                      *numbers])  # fmt: skip
     return lines
 
 
@@ -371,7 +342,7 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of `personal:`")
     parser.add_argument("--own", nargs="*", default=[], metavar="ARM:KEY=VALUE", help="settings of one arm")
     parser.add_argument("--rates", nargs="*", default=[], type=float, help="rates to choose from for each arm")
-    parser.add_argument("--curve", nargs="*", default=[], type=int, help="rows of the sample, for a learning curve")
+    parser.add_argument("--part", help="name of a run that leaves the results file's other figures in it")
     parser.add_argument("--kept", type=Path, help="where a run that may be broken off keeps what it has found")
     return parser.parse_args(arguments)
 
@@ -427,14 +398,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         beside = differences(log, plan.split, found)
         lines += table(plan.split, found, beside)[bool(lines) :]
         figures |= figures_of(name, found, beside)
-    for size, each in learned(plans[0], own).items():
-        figures |= {f"curve_{size}_{key}": statistics.fmean(values) for key, values in each.figures.items()}
-        lines.append([chosen.splits[0], f"{chosen.arms[0]}, {size} rows", each.told("auc"), each.told("log_loss")])
     about = {"seeds": chosen.seeds, "data": "built-in" if chosen.data is None else "given", "rank": chosen.rank}
     about |= {"base": chosen.base if chosen.base in ("reader", "minilm") else Path(chosen.base).name}
     about |= {"scorer": chosen.scorer, "routers": chosen.routers, "folds": chosen.folds, "targets": chosen.targets}
     about |= {"validation": chosen.validation, "ranked": chosen.ranked, "rates": chosen.rates, "own": own}
-    publish("reclora", figures=figures, rows=lines, about=settings(**about, **config.model_dump()))
+    if chosen.part:
+        figures = {f"{chosen.part}_{key}": value for key, value in figures.items()}
+    publish("reclora", figures=figures, rows=lines, about=settings(**about, **config.model_dump()), part=chosen.part)
 
 
 if __name__ == "__main__":

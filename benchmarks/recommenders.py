@@ -1,7 +1,7 @@
 """Recommenders without a language model beside one another: what a personal adapter has to beat.
 
     python -m benchmarks.recommenders [--data FOLDER_OR_CSV] [--seeds 3] [--splits per-user global-time]
-        [--ranked 1000] [--without DIN SASRec] [--sim]
+        [--ranked 1000] [--full 200] [--without DIN SASRec] [--sim]
 
 Without `--data` the built-in world. Every recommender learns from training rows, stops on validation rows and is asked
 once about the test rows; figures are means over seeds, with the spread (sample standard deviation) where there are
@@ -14,6 +14,7 @@ several. `--sim` adds DIN over history retrieved by MiniLM embeddings of item te
   last training or validation row.
 - NDCG@10, MRR: the item that came next among 100 (fewer in small worlds) that the user never rates, of `--ranked` test
   rows. Recommenders of likes do not aim at what comes next; popularity and the transformer trained for that do.
+- of all: NDCG@10 among every item that the user has not rated before, of the first `--full` of these rows.
 """
 
 import argparse
@@ -38,7 +39,7 @@ from strategies.personal.recommenders.stack import Stack
 from strategies.personal.retriever import SemanticRetriever
 from tasks.config import ModelConfig
 from tasks.models import load_base
-from tasks.recommendation.candidates import sampled
+from tasks.recommendation.candidates import full, sampled
 from tasks.recommendation.config import RatingsConfig
 from tasks.recommendation.files import load_interactions
 from tasks.recommendation.interactions import Interactions, Ints
@@ -53,8 +54,9 @@ FIXED = ("item mean", "popularity", "boosted features")
 """Recommenders without chance; one seed says all."""
 HEADING = (
     *("split", "recommender", "AUC", "log loss", "vs boosted (95 %)"),
-    *("rest", "swapped", "across", "NDCG@10", "MRR", "CPU s"),
+    *("rest", "swapped", "across", "NDCG@10", "Hit@10", "MRR", "of all", "CPU s"),
 )
+BESIDE = ("rest", "swapped", "across", "ndcg10", "hit10", "mrr", "ndcg10_full")
 
 
 Maker = Callable[[], Recommender]
@@ -85,7 +87,7 @@ def next_item() -> Sasrec:
 
 
 def measured(
-    log: Interactions, split: Split, made: Mapping[str, Maker], *, seeds: int, ranked: int
+    log: Interactions, split: Split, made: Mapping[str, Maker], *, seeds: int, ranked: int, whole: int = 0
 ) -> dict[str, Found]:
     """Fit every recommender with every seed and ask it about the test rows."""
     found = {name: Found() for name in made}
@@ -94,6 +96,7 @@ def measured(
     rows = np.sort(rng.choice(split.test, size=min(ranked, len(split.test)), replace=False))
     unrated = len(log.catalogue) - int(np.diff(log.starts).max())
     candidates = sampled(log, rows, count=min(100, unrated), seed=0)
+    asked = partial(_asked, log=log, split=split, rows=rows, candidates=candidates, whole=whole)
     kept: dict[str, Recommender] = {}
     for seed in range(seeds):
         for name, make in made.items():
@@ -101,18 +104,19 @@ def measured(
                 begun = time.process_time()
                 kept[name] = make()
                 kept[name].fit(log, split, seed=seed)
-                _asked(found[name], kept[name], log, split, rows, candidates, begun)
+                asked(found[name], kept[name], begun=begun)
         if all(name in kept for name in STACKED):
             stack = Stack([kept[name] for name in STACKED], fitted=True)
             begun = time.process_time()
             stack.fit(log, split, seed=seed)
-            _asked(found["stack"], stack, log, split, rows, candidates, begun)
+            asked(found["stack"], stack, begun=begun)
     return {name: each for name, each in found.items() if each.figures}
 
 
-def _asked(  # noqa: PLR0917 (private)
-    found: Found, asked: Recommender, log: Interactions, split: Split, rows: Ints, candidates: Ints, begun: float
-) -> None:
+def _asked(
+    found: Found, asked: Recommender, *, log: Interactions, split: Split, rows: Ints, candidates: Ints, whole: int,
+    begun: float,
+) -> None:  # fmt: skip
     queries, labels = log.queries(split.test), log.likes[split.test]
     if asked.name not in RANKERS:
         logits = asked.logits(log, queries)
@@ -133,6 +137,10 @@ def _asked(  # noqa: PLR0917 (private)
     if len(rows):
         places = ranking(ranks(ranked_scores(asked, log, log.queries(rows), candidates)))
         found.add(ndcg10=places.ndcg10, hit10=places.hit10, mrr=places.mrr)
+    if whole and len(rows):
+        every = ((log.queries(np.array([row])), full(log, int(row))) for row in rows[:whole])
+        places = ranking(np.concatenate([ranks(ranked_scores(asked, log, *each)) for each in every]))
+        found.add(ndcg10_full=places.ndcg10, hit10_full=places.hit10, mrr_full=places.mrr)
     found.add(cpu_s=time.process_time() - begun)
     print(f"{split.name}: {asked.name}: {', '.join(f'{k} {v[-1]:.4f}' for k, v in found.figures.items())}", flush=True)
 
@@ -152,7 +160,7 @@ def table(log: Interactions, split: Split, found: Mapping[str, Found]) -> list[l
     lines = [[*HEADING]]
     for name, each in found.items():
         shown = [each.told(figure) for figure in ("auc", "log_loss")]
-        beside = [each.told(figure) for figure in ("rest", "swapped", "across", "ndcg10", "mrr")]
+        beside = [each.told(figure) for figure in BESIDE]
         versus = _versus(log, split, found, name)
         lines.append([split.name, name, *shown, versus, *beside, each.told("cpu_s", 1)])
     return lines
@@ -173,6 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--splits", nargs="+", choices=sorted(SPLITS), default=sorted(SPLITS, reverse=True))
     parser.add_argument("--ranked", type=int, default=1000, help="test rows that are ranked; 0 for none")
+    parser.add_argument("--full", type=int, default=0, help="of these, rows that are also ranked among all items")
     parser.add_argument("--without", nargs="*", default=[], help="recommenders to leave out")
     parser.add_argument("--sim", action="store_true", help="add DIN over retrieved history")
     chosen = parser.parse_args(arguments)
@@ -186,12 +195,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     lines: list[list[str]] = []
     for name in chosen.splits:
         split = SPLITS[name](log)
-        found = measured(log, split, made, seeds=chosen.seeds, ranked=chosen.ranked)
+        found = measured(log, split, made, seeds=chosen.seeds, ranked=chosen.ranked, whole=chosen.full)
         lines += table(log, split, found)[bool(lines) :]
         for model, each in found.items():
             key = f"{name}_{model}".replace(",", "").replace(" + ", "_").replace(" ", "_").replace("-", "_").lower()
             figures |= {f"{key}_{figure}": statistics.fmean(values) for figure, values in each.figures.items()}
-    about = {"seeds": chosen.seeds, "ranked": chosen.ranked, "data": "built-in" if chosen.data is None else "given"}
+    about = {
+        "seeds": chosen.seeds,
+        "ranked": chosen.ranked,
+        "full": chosen.full,
+        "data": "built-in" if chosen.data is None else "given",
+    }
     about |= {"interactions": len(log), "users": len(log.user_names), "items": len(log.catalogue)}
     publish("recommenders", figures=figures, rows=lines, about=settings(**about))
 

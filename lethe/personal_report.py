@@ -18,6 +18,12 @@ WORDS = {
     "reclora": "RecLoRA",
     "stack": "stack of recommenders",
     "stack-with-reclora": "stack with RecLoRA",
+    "single-lora-equal-rank": "single LoRA of equal rank",
+    "unadapted": "language model without adapter",
+    "uniform-gate": "uniform gate",
+    "random-gate": "random gate",
+    "score-in-prompt": "score told in the prompt",
+    "retrieved-history": "most similar events told",
 }
 _LIKED, _NOT_LIKED = 3, 2
 _FILES = ("adapter", "base", "metrics.jsonl", "summary.json", "config.yaml")
@@ -30,7 +36,7 @@ def personal_page(record: RunRecord) -> str:
         ("Arms", _arms(record)),
         ("Training", _training(record)),
         (f"User {record.portrait.get('user')}", _user(record.portrait)),
-        ("Which meta-LoRAs were mixed", _mixture(record.portrait)),
+        ("Which meta-LoRAs were mixed", _mixture(record.portrait, zero=bool(record.summary.get("untrained")))),
         ("The run file, all defaults filled in", settings_of(record.config)),
     ]
     return document(name, _header(name, record) + _tiles(record.summary), sections, footer=_footer(record))
@@ -56,7 +62,9 @@ def _tiles(summary: Mapping[str, Any]) -> str:
         (
             "AUC, RecLoRA",
             _figure(summary, "auc_reclora"),
-            UNTRAINED if summary["untrained"] else f"single LoRA {_figure(summary, 'auc_single_lora')}",
+            UNTRAINED
+            if summary["untrained"]
+            else f"single LoRA {_figure(summary, 'auc_single_lora')}{_started(summary)}",
         ),
         (
             "AUC, stack with RecLoRA",
@@ -77,6 +85,10 @@ def _tiles(summary: Mapping[str, Any]) -> str:
         ("Time", duration(summary["wall_s"]), f"{summary['test_rows']:,} test rows"),
     ]
     return tile_list(tiles)
+
+
+def _started(summary: Mapping[str, Any]) -> str:
+    return ", which kept its start" if summary.get("kept_epoch_single_lora") == 0 else ""
 
 
 def _figure(summary: Mapping[str, Any], key: str) -> str:
@@ -105,7 +117,7 @@ def _arms(record: RunRecord) -> str:
             differences,
             form=_signed,
             label="AUC",
-            note="Lines: 95 %, whole users redrawn, the same for both; grey where zero is inside.",
+            note="Lines: 95 %, whole users redrawn, the same for both; a grey dot: zero is inside.",
         ),
         row_bars(
             f"AUC above {base:.2f}",
@@ -115,7 +127,8 @@ def _arms(record: RunRecord) -> str:
             label="AUC of likes, test rows",
         ),
     ]
-    return grid(charts) + table(["arm", "AUC", "log loss", "NDCG@10", "Hit@10", "numbers trained"], _rows(arms))
+    heading = ["arm", "AUC", "log loss", "accuracy", "NDCG@10", "Hit@10", "numbers trained"]
+    return grid(charts) + table(heading, _rows(arms))
 
 
 def _signed(value: float) -> str:
@@ -123,7 +136,7 @@ def _signed(value: float) -> str:
 
 
 def _rows(arms: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    columns = ("auc", "log_loss", "ndcg10", "hit10")
+    columns = ("auc", "log_loss", "accuracy", "ndcg10", "hit10")
     return [
         [
             _named(each["name"]),
@@ -214,9 +227,10 @@ def _recommended(title: str, items: Sequence[Mapping[str, Any]], *, note: str = 
     )
 
 
-def _mixture(portrait: Mapping[str, Any]) -> str:
+def _mixture(portrait: Mapping[str, Any], *, zero: bool) -> str:
     if not portrait:
         return ""
+    empty = " All are still zero, so the weights change no answer yet." if zero else ""
     columns = [str(number) for number in range(1, len(portrait["usage"]) + 1)]
     charts = [
         plots.heat(
@@ -225,7 +239,7 @@ def _mixture(portrait: Mapping[str, Any]) -> str:
             columns,
             portrait["weights"],
             label="meta-LoRA",
-            note="A row sums to one.",
+            note=f"A row sums to one.{empty}",
         ),
         row_bars(
             "Mean weight over the matrices",

@@ -210,8 +210,9 @@ class _Playing:
             f"model {about['model']}, {personal.meta_loras} meta-LoRAs of rank {self.run.adapter.rank}, "
             f"{personal.mixing} mixing, {personal.frame} frame, routed by {personal.routing} vectors of "
             f"{' and '.join(chosen.routers)}",
-            f"adapters learn from {personal.sample:,} of these rows, {personal.epochs} epochs, and what routes and "
-            f"reads from the others; seeds {chosen.seeds}, {torch.get_num_threads()} torch threads",
+            f"adapters learn from {personal.sample:,} of these rows, {personal.epochs} "
+            f"epoch{'s'[: personal.epochs != 1]}, and what routes and reads from the others; seeds {chosen.seeds}, "
+            f"{torch.get_num_threads()} torch threads",
         ]
 
     def _done(self, record: Mapping[str, Any]) -> None:
@@ -233,7 +234,7 @@ def _planned(run: PersonalRun) -> int:
 
 
 def _row(each: Found) -> dict[str, Any]:
-    figures = ("auc", "log_loss", "ndcg10", "hit10", "mrr", "numbers")
+    figures = ("auc", "log_loss", "accuracy", "ndcg10", "hit10", "mrr", "numbers")
     row = {figure: each.mean(figure) for figure in figures}
     return row | {f"{figure}_spread": each.spread(figure) for figure in figures[:-1]}
 

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bar
 from rich.text import Text
 
+SINGLE_UNTRAINED = "no epoch of the single LoRA was better on validation rows than its start; try it another rate"
 UNTRAINED = "no epoch of RecLoRA was better on validation rows than its start: its adapters are still zero"
 _PLACES = (
     ("adapter", "adapter_path", "adapter"),
@@ -148,6 +149,7 @@ def personal_lines(summary: Mapping[str, Any]) -> list[str]:
         *(f"{'AUC gain' if not i else '':<8} {gain}" for i, gain in enumerate(gains)),
         f"gate     entropy {summary['gate_entropy_share']:.0%} of uniform, another user's gate costs "
         f"{summary['swap_auc_drop']:+.4f} AUC{', collapsed' if summary['gate_collapsed'] else ''}",
+        *([f"single   {SINGLE_UNTRAINED}"] if summary.get("kept_epoch_single_lora") == 0 else []),
         *([f"kept     {UNTRAINED}"] if summary["untrained"] else []),
     ]
 

@@ -103,12 +103,18 @@ def missing(path: Path) -> str:
 
 
 def _csv(text: str, source: str) -> Table:
-    return _with_header(_csv_records(text, source), source)
+    return _with_header(_csv_records(text, source, _separator(text)), source)
 
 
-def _csv_records(text: str, source: str) -> Iterator[tuple[int, list[str]]]:
+def _separator(text: str) -> str:
+    """Return what separates the fields of the first line that is not blank: a comma, unless it has none but another."""
+    header = next((line for line in text.split("\n") if line.strip()), "")
+    return "," if "," in header else next((each for each in ";\t|" if each in header), ",")
+
+
+def _csv_records(text: str, source: str, separator: str) -> Iterator[tuple[int, list[str]]]:
     csv.field_size_limit(2**31 - 1)  # the default refuses documents of more than 131,072 characters
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=separator)
     start = 1
     while True:
         try:

@@ -66,7 +66,7 @@ def note(found: dict[str, Found], name: str, labels: Labels, logits: Floats) -> 
     each = found.setdefault(name, Found())
     scores = likes(labels, logits)
     each.logits.append(logits)
-    each.add(auc=scores.auc, log_loss=scores.log_loss)
+    each.add(auc=scores.auc, log_loss=scores.log_loss, accuracy=scores.accuracy)
     return each
 
 

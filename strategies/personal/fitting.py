@@ -160,6 +160,8 @@ class CurvePoint:
     log_loss: float
     kept_epoch: int
     """0 where no adapter was better than any on validation."""
+    logits: Floats
+    """The log odds of the rows that were asked about."""
 
 
 def learning_curve(
@@ -182,6 +184,6 @@ def learning_curve(
         one = make(size)
         one.fit(log, split, seed=seed, training_scores=training_scores)
         odds, labels = one.logits(log, log.queries(asked)), log.likes[asked]
-        points.append(CurvePoint(size, auc(labels, odds), log_loss(labels, odds), int(np.argmin(one.curve))))
+        points.append(CurvePoint(size, auc(labels, odds), log_loss(labels, odds), int(np.argmin(one.curve)), odds))
         one.adapted.detach()
     return points

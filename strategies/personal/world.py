@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 from lora.config import AdapterConfig
@@ -18,12 +19,15 @@ from strategies.personal.recommenders.factors import FoldedFactors
 from strategies.personal.recommenders.protocol import Recommender, Representing
 from strategies.personal.recommenders.sasrec import Sasrec
 from strategies.personal.representation import Drawn, Recommended, Representation
+from strategies.personal.retriever import SemanticRetriever
 from strategies.personal.variants import equal_rank, variant, widened
+from tasks.config import ModelConfig
 from tasks.models import BaseModel, load_base
 from tasks.recommendation.config import ReadingModelConfig
 from tasks.recommendation.interactions import Floats, Interactions, Ints
 from tasks.recommendation.reader import train_reader
 from tasks.recommendation.splits import Split
+from tasks.recommendation.texts import embedded
 
 RECOMMENDERS: Mapping[str, Callable[[], Recommender]] = {
     "MF": FoldedFactors,
@@ -104,13 +108,22 @@ class World:
         if name is not None and variant(name).widened:
             adapter = self._widened(config, adapter)
         base = replace(self.base, model=copy.deepcopy(self.base.model))
+        retrieved = name is not None and variant(name).retrieved
+        chosen = partial(self.retriever.similar, count=own.history) if retrieved else None
         asking = Asking(
-            base, scorer=self.scorer, base_score=own.base_score, history=own.history, max_length=own.max_length
-        )
+            base, scorer=self.scorer, base_score=own.base_score, history=own.history, max_length=own.max_length,
+            chosen=chosen,
+        )  # fmt: skip
         representation: Representation = Recommended(self.routers, own.routing)
         if own.gate == "random":
             representation = Drawn(width=len(find_sites(base.model, adapter.targets)) * own.meta_loras, seed=self.seed)
         return Personalized(base, adapter, own, asking=asking, representation=representation, name=name or "RecLoRA")
+
+    @cached_property
+    def retriever(self) -> SemanticRetriever:
+        """What finds a short history by the item texts' MiniLM vectors, whatever model reads it."""
+        minilm = load_base(ModelConfig(name="minilm", device="cpu"), causal=False)
+        return SemanticRetriever(embedded(self.log.catalogue.texts, minilm))
 
     def fitted(self, name: str | None, config: PersonalConfig, adapter: AdapterConfig) -> Personalized:
         """Make an arm and train it."""

@@ -21,8 +21,9 @@ class RatingsConfig(Section):
     rating: str = "rating"
     """Column of the rating, a number from `lowest` to `highest`."""
     time: str = "time"
-    """Column of the time: seconds since 1970, or a date and time in ISO 8601 (UTC where it names no zone). Cut to
-    whole seconds; events of a user in the same second do not know of each other."""
+    """Column of the time: seconds since 1970, or a date and time in ISO 8601 (UTC where it names no zone). Numbers too
+    great for seconds are milli-, micro- or nanoseconds, in a whole file. Cut to whole seconds; events of a user in the
+    same second do not know of each other. Rows may come in any order."""
     title: str = "title"
     """Column of the item's text."""
     tags: str | None = None

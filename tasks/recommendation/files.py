@@ -15,13 +15,19 @@ from tasks.recommendation.interactions import Interactions, Items
 
 _MOVIELENS = {"user": "userId", "item": "movieId", "rating": "rating", "time": "timestamp", "title": "title"}
 _NO_GENRE = "(no genres listed)"
+_UNITS = (
+    *((1e11, 1, "seconds"), (1e14, 10**3, "milliseconds")),
+    *((1e17, 10**6, "microseconds"), (1e20, 10**9, "nanoseconds")),
+)
+"""Numbers up to which a time has so many units in a second; 1e11 seconds are the year 5138, 1e11 ms are 1973."""
 
 
 def load_interactions(config: RatingsConfig, *, seed: int = 0) -> Interactions:
     """Load interactions as `ratings:` describes them, cut to their core.
 
     Raises DataError with the file and the 1-based line of whatever cannot be used: a missing column or value, a rating
-    that is no number or out of range, a time that does not parse, an event that comes twice, an item without a title.
+    that is no number or out of range, a time that does not parse or is of another unit than the others, an event that
+    comes twice, an item without a title.
     """
     if config.path is None:
         return builtin_interactions(seed=seed).core(config.core)
@@ -68,13 +74,16 @@ def _titles(table: Table, names: Mapping[str, str], tags: str | None) -> dict[st
         item = _word(items[row], table, row, names["item"])
         if item not in found:
             words = (word.strip() for word in str(labels[row] or "").split("|"))
-            title = _word(titles[row], table, row, names["title"])
+            # A line of its own would end the event's line in a prompt.
+            title = " ".join(_word(titles[row], table, row, names["title"]).split())
             found[item] = (title, tuple(word for word in words if word and word != _NO_GENRE))
     return found
 
 
 def _column(table: Table, name: str, key: str) -> Sequence[object]:
     if name not in table.columns:
+        if {"userId", "movieId"} <= set(table.columns) and "title" not in table.columns:
+            raise DataError(f"{table.source}: looks like a part of MovieLens; give its folder, with movies.csv in it")
         raise DataError(f"{table.source}: no column '{name}'{nearest(name, table.columns)}; set ratings.{key}=...")
     return table.columns[name]
 
@@ -95,7 +104,7 @@ def _interactions(
     users = [_word(value, table, row, names["user"]) for row, value in enumerate(columns["user"])]
     items = [_word(value, table, row, names["item"]) for row, value in enumerate(columns["item"])]
     ratings = [_rating(value, table, row, config) for row, value in enumerate(columns["rating"])]
-    times = [_time(value, table, row) for row, value in enumerate(columns["time"])]
+    times = _times(columns["time"], table)
     rows = _distinct(list(zip(users, items, times, strict=True)), table, config)
     user_of, item_of = _numbers(users), _numbers(items)
     return Interactions.arranged(
@@ -129,18 +138,40 @@ def _rating(value: object, table: Table, row: int, config: RatingsConfig) -> flo
     return rating
 
 
-def _time(value: object, table: Table, row: int) -> int:
+def _times(values: Sequence[object], table: Table) -> list[int]:
+    """Read times as whole seconds; those written as numbers are all of one unit."""
+    moments = [_time(value, table, row) for row, value in enumerate(values)]
+    rows = [row for row, (_, is_number) in enumerate(moments) if is_number]
+    if not rows:
+        return [math.floor(moment) for moment, _ in moments]
+    sizes = {row: abs(moments[row][0]) for row in rows if moments[row][0]} or {rows[0]: 0.0}
+    least, most = min(sizes, key=lambda row: sizes[row]), max(sizes, key=lambda row: sizes[row])
+    (_, _, one), (_, units, other) = _unit(sizes[least]), _unit(sizes[most])
+    if one != other:
+        raise DataError(
+            f"{table.where(least)}: time '{values[least]}' looks like {one}, and '{values[most]}' "
+            f"({table.where(most)}) like {other}; write all in one unit"
+        )
+    return [math.floor(moment / units if is_number else moment) for moment, is_number in moments]
+
+
+def _unit(size: float) -> tuple[float, int, str]:
+    return next(unit for unit in _UNITS if size < unit[0])
+
+
+def _time(value: object, table: Table, row: int) -> tuple[float, bool]:
+    """Return a time and whether it was written as a number."""
     text = str(value).strip()
     try:
-        seconds = float(text)
+        moment, is_number = float(text), True
     except ValueError:
-        seconds = _moment(text)
-    if not math.isfinite(seconds) or abs(seconds) > 2**53:
+        moment, is_number = _moment(text), False
+    if not abs(moment) < _UNITS[-1][0]:  # also refuses NaN
         raise DataError(
             f"{table.where(row)}: time '{text}' is neither seconds since 1970 nor a date and time such as "
             "2024-05-31T18:00:00"
         )
-    return math.floor(seconds)
+    return moment, is_number
 
 
 def _moment(text: str) -> float:

@@ -228,7 +228,9 @@ class Interactions:
                 break
             kept = kept[enough]
         if not len(kept):
-            raise DataError(f"core: no user and item with {least} interactions each is left; lower it")
+            raise DataError(
+                f"no users and items with {least} interactions each are left of {len(self)}; lower ratings.core"
+            )
         return self._renumbered(kept)
 
     def _renumbered(self, rows: Ints) -> "Interactions":

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from peft import PeftModel
 from safetensors.torch import load_file
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import accuracy_score, roc_auc_score
 from transformers import AutoModelForCausalLM
 
 from lethe.cli import main
-from lethe.progress import UNTRAINED, personal_lines
+from lethe.progress import SINGLE_UNTRAINED, UNTRAINED, personal_lines
 from lethe.report import write_report
 from strategies.personal.comparison import Comparison
 from tests.ratings import LITTLE, write_ratings
@@ -70,10 +70,12 @@ def test_the_summary_has_what_was_asked_for(played: Played) -> None:
 
 def test_figures_are_scikit_learns_over_seeds(played: Played) -> None:
     for name, logits in played.logits.items():
-        each = [roc_auc_score(played.labels, row) for row in logits]
-        key = f"auc_{name.lower().replace('-', '_')}"
-        assert played.summary[key] == pytest.approx(np.mean(each))
-        assert played.summary[f"{key}_spread"] == pytest.approx(np.std(each, ddof=1), abs=1e-9)
+        aucs, rights = zip(*((roc_auc_score(played.labels, row), accuracy_score(played.labels, row > 0))
+                             for row in logits), strict=True)  # fmt: skip
+        for figure, each in (("auc", aucs), ("accuracy", rights)):
+            key = f"{figure}_{name.lower().replace('-', '_')}"
+            assert played.summary[key] == pytest.approx(np.mean(each))
+            assert played.summary[f"{key}_spread"] == pytest.approx(np.std(each, ddof=1), abs=1e-9)
 
 
 def test_differences_are_those_of_the_table_and_inside_their_intervals(played: Played) -> None:
@@ -107,6 +109,9 @@ def test_adapters_that_stay_at_their_start_are_said_to(played: Played) -> None:
     assert played.summary["untrained"] == all(starts)
     assert (UNTRAINED in played.out) == all(starts)
     lines = personal_lines(played.summary | {"untrained": True})
+    for kept in (0, 1):
+        told = personal_lines(played.summary | {"kept_epoch_single_lora": kept})
+        assert any(SINGLE_UNTRAINED in line for line in told) == (kept == 0)
     assert lines[-1] == f"kept     {UNTRAINED}" and len(lines) == 1 + len(
         personal_lines(played.summary | {"untrained": False})
     )
@@ -171,6 +176,7 @@ def test_the_report_shows_arms_curves_and_the_user_in_pictures(played: Played) -
         "Mean weight over the matrices",
     ):
         assert sum(label.startswith(start) for label in page.pictures) == 1, start
+    assert ("All are still zero" in text) == played.summary["untrained"]
     assert "prefers-color-scheme:dark" in text
     assert "http" not in text.replace("http://www.w3.org", "")
     (portrait,) = [line for line in played.lines if line["kind"] == "portrait"]

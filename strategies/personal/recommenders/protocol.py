@@ -14,7 +14,8 @@ class Recommender(Protocol):
 
     `fit` learns weights from training rows only and may look at validation rows to stop or to choose; test rows are
     never read. Scores depend on the interactions only through rows that are strictly earlier than the query, so the
-    same frozen recommender goes on serving a log that grows (`Interactions.grown`).
+    same frozen recommender goes on serving a log that grows (`Interactions.grown`). An item of the catalogue that no
+    training row has is scored as one of which nothing is known, somewhere among the others.
     """
 
     name: str

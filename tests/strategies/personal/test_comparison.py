@@ -14,9 +14,12 @@ from strategies.personal.comparison import Asked, Comparison, Found, check_split
 from strategies.personal.config import ComparisonConfig, PersonalConfig
 from strategies.personal.portrait import portrait, sitter
 from strategies.personal.recommenders.remembered import Remembered
+from strategies.personal.retriever import SemanticRetriever
 from strategies.personal.world import World, base_of
 from tasks.recommendation.config import ReadingModelConfig
 from tasks.recommendation.interactions import Floats, Interactions, Queries
+from tasks.recommendation.prompts import prompts
+from tasks.recommendation.reader import COMPACT
 from tasks.recommendation.splits import Split
 
 PERSONAL = PersonalConfig(meta_loras=3, gate_width=2, sample=64, epochs=1, checks=32, history=2)
@@ -142,6 +145,22 @@ def test_the_arms_share_questions_and_a_base_that_stays_as_it_was(world, made: W
     assert likes == sorted(likes, reverse=True)
     assert np.allclose(np.sum(shown["weights"], axis=1), 1, atol=1e-4)
     assert sum(shown["usage_of_all"]) == pytest.approx(1)
+
+
+def test_retrieved_history_tells_the_events_most_like_the_target(world, made: World) -> None:
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(len(world.log.catalogue), 8)).astype(np.float32)
+    vars(made)["retriever"] = retriever = SemanticRetriever(vectors)
+    queries = asked(world).queries
+    told = {name: made.arm(name, PERSONAL, ADAPTER).asking for name in ("retrieved-history", "uniform-gate")}
+    similar = retriever.similar(world.log, queries, PERSONAL.history)
+    wanted = prompts(world.log, queries, similar, phrasing=COMPACT)
+    read = {name: asking(world.log, queries).tokens for name, asking in told.items()}
+    decode = world.base.tokenizer.decode
+    assert decode(read["retrieved-history"].ids[7]) == wanted[7] != decode(read["uniform-gate"].ids[7])
+    known = world.log.queries(world.split.test)
+    assert (similar < known.end[:, None]).all()
+    assert not any((similar >= 0)[place] @ (similar[place] < known.first[place]) for place in range(len(known)))
 
 
 def test_unknown_arms_and_members_without_vectors_are_named(made: World) -> None:

@@ -60,6 +60,10 @@ BAD = {
     "too high": (TABLE.replace(",1,", ",6,"), "events.csv, line 3: rating 6 is outside 0.5 to 5"),
     "not a rating": (TABLE.replace(",1,", ",nan,"), "events.csv, line 3: rating nan is outside"),
     "no time": (TABLE.replace("2024-01-01,", "yesterday,"), "line 3: time 'yesterday' is neither seconds"),
+    "two units": (
+        TABLE.replace("2024-01-01,", "1704067200999,"),
+        r"line 4: .* like seconds, .*line 3\) like milli",
+    ),
     "endless time": (TABLE.replace("2024-01-01,", "inf,"), "line 3: time 'inf' is neither"),
     "no user": (TABLE.replace("bob", " "), "events.csv, line 3: 'user' is empty"),
     "no title": (TABLE.replace("Heat", ""), "events.csv, line 2: 'title' is empty"),
@@ -72,6 +76,31 @@ def test_what_cannot_be_used_is_named_by_file_and_line(tmp_path: Path, case: str
     text, message = BAD[case]
     with pytest.raises(DataError, match=message):
         load_interactions(table(tmp_path, text))
+
+
+@pytest.mark.parametrize("separator", [";", "\t", "|"])
+def test_a_csv_may_be_separated_otherwise(tmp_path: Path, separator: str) -> None:
+    assert rows(load_interactions(table(tmp_path, TABLE.replace(",", separator)))) == rows(
+        load_interactions(table(tmp_path))
+    )
+
+
+@pytest.mark.parametrize("rest", ["", "123", "123456", "123456789"])
+def test_times_as_numbers_are_of_any_common_unit(tmp_path: Path, rest: str) -> None:
+    text = TABLE.replace("2024-01-02T00:00:00", f"1704153600{rest}").replace("2024-01-01", f"1704067200{rest}")
+    log = load_interactions(table(tmp_path, text.replace("1704067200,Up\n", f"1704067200{rest},Up\n")))
+    assert rows(log) == rows(load_interactions(table(tmp_path)))
+
+
+def test_a_title_is_one_line(tmp_path: Path) -> None:
+    log = load_interactions(table(tmp_path, TABLE.replace("Heat", '"Heat,\n the  film"')))
+    assert log.catalogue.titles == ("Heat, the film", "Up")
+
+
+def test_half_of_movielens_is_told_to_be_half(tmp_path: Path) -> None:
+    folder(tmp_path)
+    with pytest.raises(DataError, match=r"ratings.csv: looks like a part of MovieLens; give its folder"):
+        load_interactions(RatingsConfig(path=str(tmp_path / "ratings.csv")))
 
 
 def test_of_duplicates_the_first_counts_where_that_is_asked_for(tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_the_core_is_the_largest_part_with_enough_events_each(events: list[Event
             break
         left = kept
     if not left:
-        with pytest.raises(DataError, match=f"core: no user and item with {least}"):
+        with pytest.raises(DataError, match=f"no users and items with {least} interactions"):
             log.core(least)
         return
     core = log.core(least)

@@ -119,6 +119,19 @@ def test_a_log_that_grows_keeps_old_answers_and_serves_a_new_user(name: str) -> 
         assert warm.mean() > cold.mean()  # six likes and no dislike
 
 
+@pytest.mark.parametrize("name", ["item mean", "level", "factors", "boosted", "din"])
+def test_an_item_that_nobody_learned_from_is_scored_among_the_others(name: str) -> None:
+    asked = int(np.bincount(LOG.items).argmax())
+    known = SPLIT.train[LOG.items[SPLIT.train] != asked]
+    one = MAKERS[name]()
+    one.fit(LOG, replace(SPLIT, train=known), seed=0)
+    rows = SPLIT.test[::20]
+    scores = ranked_scores(one, LOG, LOG.queries(rows), np.tile(np.arange(90), (len(rows), 1)))
+    assert np.isfinite(scores).all()
+    mean = scores.mean(0)
+    assert np.quantile(mean, 0.02) < mean[asked] < np.quantile(mean, 0.98)
+
+
 @pytest.mark.parametrize("name", ["factors", "din", "sasrec", "boosted"])
 def test_one_seed_gives_one_model(name: str) -> None:
     again = MAKERS[name]()
