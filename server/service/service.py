@@ -20,6 +20,7 @@ from server.service.generation import WriteAsked, Writing
 from server.service.identity import Caller, Keys, RateLimits, check_name
 from server.service.metrics import Metrics
 from server.service.once import Once
+from server.service.parts import WHOLE, Part
 from server.service.peft import Served, packed, unpacked
 from server.service.recommending import CANDIDATES, RecommendAsked, Recommending
 from server.service.registry import Registry
@@ -55,6 +56,7 @@ class Service:
     """Users, adapters and engines over one registry.
 
     `users` gives recommendations, `learner` predictions about texts, `writer` completions; at least one is needed.
+    Where users with histories are divided among replicas, `part` says which are here; others are Busy, never new.
     """
 
     def __init__(
@@ -69,10 +71,12 @@ class Service:
         candidates: int = CANDIDATES,
         warm: int = 4096,
         forgetting: Forgetting | None = None,
+        part: Part = WHOLE,
     ) -> None:
         if users is None and learner is None and writer is None:
             raise ConfigError("a service without users, learner or writer answers nothing; give at least one")
         self.registry, self.users, self.learner, self.writer = registry, users, learner, writer
+        self.part = WHOLE if users is None else part
         self.adapters, self.keys, self.once = Adapters(registry), Keys(registry), Once(registry)
         self.rates, self.metrics = rates or RateLimits(), Metrics()
         self.served: dict[str, Served] = {}
@@ -82,7 +86,7 @@ class Service:
         self.adapters.recover()
         self._start(limits or Limits(), candidates=candidates, warm=warm)
         self.watch = Watch(registry, self._doubt)
-        self.forgetting = forgetting or Deletions(registry, self._erasers(), knows=self._knows)
+        self.forgetting = forgetting or Deletions(registry, self._erasers(), knows=self._knows, mine=self.part.has)
         self.forgetting.resume()
 
     def _start(self, limits: Limits, *, candidates: int, warm: int) -> None:
@@ -148,13 +152,18 @@ class Service:
             raise Unknown("this service has no users with histories; start it with a personal run")
         return self.users
 
+    def _people_with(self, user: str) -> LifelongUsers:
+        people = self._people()
+        self.part.check(user)
+        return people
+
     def observe(self, caller: Caller, user: str, events: Sequence[Event], *, key: str | None = None) -> dict[str, Any]:
         """Take a user's events, all or none; equal `key`s take effect once. Returns the slot's new version.
 
         Raises EventRefused for a wrong event, DataError for a name that an adapter has, or a key that was used.
         """
         caller.may_read(user)
-        people = self._people()
+        people = self._people_with(user)
         check_name(user, what="user")
 
         def act() -> dict[str, Any]:
@@ -178,7 +187,7 @@ class Service:
     def user(self, caller: Caller, user: str) -> UserInfo:
         """Return what is known of a user. Raises Unknown."""
         caller.may_read(user)
-        people = self._people()
+        people = self._people_with(user)
         with people.steady():
             if user not in people:
                 raise Unknown(f"user '{user}' is not known; send an event of the user first")
@@ -187,7 +196,7 @@ class Service:
     def recommend(self, caller: Caller, asked: RecommendAsked) -> "Future[Any]":
         """Return a `Recommended` to come."""
         caller.may_read(asked.user)
-        self._people()
+        self._people_with(asked.user)
         return self.engines["recommending"].submit(asked.user, asked)
 
     def texts(
@@ -234,6 +243,7 @@ class Service:
         for info in found if own is None else [own, *found]:
             if served is None or info.layout == served.layout.digest:
                 return info
+        self.part.check(name)
         raise missing(name)
 
     def _own_slot(self, caller: Caller, name: str) -> AdapterInfo | None:
@@ -270,6 +280,7 @@ class Service:
         """Write an adapter from a ZIP of a PEFT directory, new or in place of the one of that name and owner."""
         caller.must_be("operator")
         check_name(name, what="adapter")
+        self.part.check(name)
         if owner is not None:
             check_name(owner, what="owner")
         served = self._model(model)
@@ -315,6 +326,7 @@ class Service:
     def forget(self, caller: Caller, user: str) -> ForgetRequest:
         """Delete what is kept of a user. Raises Unknown where nothing is."""
         caller.may_read(user)
+        self.part.check(user)
         done = self.forgetting.ask(user, asked_by=caller.key)
         self.metrics.forgotten.inc()
         return done
