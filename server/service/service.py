@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from torch import Tensor
+
 from lora.errors import ConfigError, DataError, Denied, ModelError, ServiceError, Unknown
 from lora.model import AdaptedModel
 from server.service.adapters import READY, AdapterInfo, Adapters, NewAdapter, RegistrySource
@@ -25,7 +27,7 @@ from server.service.peft import Served, packed, unpacked
 from server.service.recommending import CANDIDATES, RecommendAsked, Recommending
 from server.service.registry import Registry
 from server.service.sources import BankSource, Sources
-from server.service.texts import TextAsked, Texts
+from server.service.texts import Gates, TextAsked, Texts
 from server.service.warm import Source, WarmSlots, missing
 from server.service.watch import Watch
 from strategies.personal.events import Event
@@ -56,6 +58,7 @@ class Service:
     """Users, adapters and engines over one registry.
 
     `users` gives recommendations, `learner` predictions about texts, `writer` completions; at least one is needed.
+    `blank` is the learner's vector that answers for nobody in particular, `gates` what forget requests add to texts.
     Where users with histories are divided among replicas, `part` says which are here; others are Busy, never new.
     """
 
@@ -65,6 +68,8 @@ class Service:
         *,
         users: LifelongUsers | None = None,
         learner: Learner | None = None,
+        blank: Tensor | None = None,
+        gates: Gates | None = None,
         writer: Writer | None = None,
         limits: Limits | None = None,
         rates: RateLimits | None = None,
@@ -85,6 +90,8 @@ class Service:
         self._closed = False
         self.adapters.recover()
         self._start(limits or Limits(), candidates=candidates, warm=warm)
+        if learner is not None:
+            self._start_texts(learner, limits or Limits(), warm=warm, gates=gates, blank=blank)
         self.watch = Watch(registry, self._doubt)
         self.forgetting = forgetting or Deletions(registry, self._erasers(), knows=self._knows, mine=self.part.has)
         self.forgetting.resume()
@@ -92,13 +99,16 @@ class Service:
     def _start(self, limits: Limits, *, candidates: int, warm: int) -> None:
         if self.users is not None:
             self._engine("recommending", Batches(Recommending(self.users, candidates=candidates)), limits)
-        if self.learner is not None:
-            own = Served("texts", self.learner.adapted, self.learner.layout, self.learner.base.reference,
-                         "FEATURE_EXTRACTION")  # fmt: skip
-            kept = self._kept(own, RegistrySource(self.adapters, own.layout), warm)
-            self._engine("texts", Batches(Texts(self.learner, kept, rows=limits.rows)), limits)
         if self.writer is not None:
             self._start_writing(self.writer, limits, warm=warm)
+
+    def _start_texts(
+        self, learner: Learner, limits: Limits, *, warm: int, gates: Gates | None, blank: Tensor | None
+    ) -> None:
+        own = Served("texts", learner.adapted, learner.layout, learner.base.reference, "FEATURE_EXTRACTION")
+        kept = self._kept(own, RegistrySource(self.adapters, own.layout), warm)
+        worker = Batches(Texts(learner, kept, rows=limits.rows, gates=gates, blank=blank))
+        self._engine("texts", worker, limits)
 
     def _start_writing(self, writer: Writer, limits: Limits, *, warm: int) -> None:
         from strategies.personal.slots import UserSlots
