@@ -17,7 +17,7 @@ from rich.text import Text
 from lethe.adapters import app as adapters_app
 from lethe.deploy import app as deploy_app
 from lethe.forget import app as forget_app
-from lora.errors import LetheError, RunError
+from lora.errors import ConfigError, LetheError, RunError
 
 if TYPE_CHECKING:
     from lethe.config import RunFile
@@ -104,7 +104,8 @@ def personalize(recipe: Recipe, overrides: Overrides = None, quiet: Quiet = Fals
 @app.command()
 def serve(  # noqa: PLR0917 - typer reads options by name
     run: Annotated[
-        str | None, typer.Option("--run", help="A finished personal run (runs/NAME, or its name); else a demo.")
+        str | None,
+        typer.Option("--run", help="A finished run (runs/NAME, or its name), personal or a classifier's; else a demo."),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen at.", min=1, max=65535)] = 8420,
@@ -116,14 +117,30 @@ def serve(  # noqa: PLR0917 - typer reads options by name
         str | None, typer.Option(envvar="LETHE_REGISTRY", help="A database's URL; else SQLite in the data directory.")
     ] = None,
     runs: Annotated[Path, typer.Option(help="Federation runs that the console shows.")] = Path("runs"),
+    replicas: Annotated[
+        int | None, typer.Option(min=1, help="Serve by so many replicas of a Ray Serve deployment.")
+    ] = None,
+    most_replicas: Annotated[
+        int | None, typer.Option(min=1, help="Start more replicas under load, up to so many (classifiers only).")
+    ] = None,
+    ray: Annotated[str | None, typer.Option(help="A Ray cluster's address; else one of this machine.")] = None,
 ) -> None:
     """Serve every user's own adapter over HTTP, with a web console; with no arguments, a built-in demo."""
     from lethe.record import find_run
     from lethe.serve import Place
+
+    if replicas is None and (ray is not None or most_replicas is not None):
+        raise ConfigError("--ray, --most-replicas: say how many replicas there are by --replicas, or leave these out")
+    place = Place(host, port, data, registry, runs, grpc_port)
+    found = None if run is None else find_run(run)
+    if replicas is not None:
+        from lethe.replicas import Replicas, serve_replicas
+
+        serve_replicas(found, place, Replicas(replicas, most_replicas, ray=ray), say=typer.echo)
+        return
     from lethe.serve import serve as start
 
-    place = Place(host, port, data, registry, runs, grpc_port)
-    start(None if run is None else find_run(run), place, say=typer.echo)
+    start(found, place, say=typer.echo)
 
 
 @app.command()
