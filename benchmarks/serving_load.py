@@ -32,6 +32,7 @@ from server.service.service import Service
 from server.service.texts import TextAsked
 from tasks.config import ModelConfig, TaskConfig
 from tasks.learner import Learner, build_learner
+from tasks.models import load_base
 
 KINDS = ("bank", "peft")
 
@@ -57,7 +58,7 @@ def _learner(model: dict[str, Any]) -> Learner:
 
 def peft_app(model: dict[str, Any], key: str) -> FastAPI:
     """Return what people write with FastAPI and PEFT: the same bodies and answers, a call of the model a request."""
-    work = Work(ModelConfig(**model), causal=False)
+    work = Work(lambda: load_base(ModelConfig(**model), causal=False))
     loaded, tokenizer, lock, app = work.peft, work.base.tokenizer, threading.Lock(), FastAPI()
     given_key = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer())]
 
