@@ -99,6 +99,10 @@ answer to a representation without events |
     def __contains__(self, user: object) -> bool:
         return user in self.histories
 
+    def answers(self, user: str) -> bool:
+        """Return whether a user is known and has a slot: for want of room it may have to follow the first event."""
+        return user in self.histories and user in self.slots
+
     def names(self) -> list[str]:
         """Return all users in alphabetical order."""
         return self.histories.names()
