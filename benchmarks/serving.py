@@ -36,11 +36,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.measure import interleaved, paired_ratio, publish, settings
+from lora.codec import Layout
 from lora.config import AdapterConfig
 from lora.model import AdaptedModel
 from server.service.decoding import Decoding
 from server.service.sources import BankSource
-from server.service.warm import WarmSlots
+from server.service.warm import Kept, WarmSlots
 from strategies.personal.rows import NUMBERS, NamedRows
 from strategies.personal.slots import UserSlots
 from tasks.config import ModelConfig
@@ -55,6 +56,25 @@ SIZE = 0.02
 def slots_of(layout_size: int, count: int, *, seed: int = 0) -> Tensor:
     """Return slots that differ, `[count, size]`."""
     return SIZE * torch.randn(count, layout_size, generator=torch.Generator().manual_seed(seed))
+
+
+class Drawn:
+    """A source that draws every user's slot anew: what is measured are the warm slots, which need memory enough."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+
+    def kept(self, names: Sequence[str]) -> Kept:
+        """Return the slots of those names."""
+        values = torch.cat([slots_of(self.layout.size, 1, seed=int(name.split("-")[1])) for name in names])
+        return Kept(tuple(names), values, (1,) * len(names))
+
+    def versions(self, names: Sequence[str]) -> dict[str, int]:
+        """Return that nothing has changed."""
+        return dict.fromkeys(names, 1)
+
+    def listen(self, listener: Callable[[Sequence[str]], None]) -> None:
+        """Nothing is ever replaced."""
 
 
 @dataclass
@@ -81,14 +101,9 @@ class Work:
 
     def bank(self, users: int) -> WarmSlots:
         """Return warm slots of so many users, all in memory."""
-        slots = UserSlots.of(self.adapted)
-        for first in range(0, users, 1000):
-            count = min(1000, users - first)
-            names = [f"user-{number}" for number in range(first, first + count)]
-            slots.add(names, slots_of(slots.layout.size, count, seed=first))
-        warm = WarmSlots(BankSource(slots), rows=users)
-        for first in range(0, users, 1000):
-            names = [f"user-{number}" for number in range(first, min(first + 1000, users))]
+        warm = WarmSlots(Drawn(UserSlots.of(self.adapted).layout), rows=users)
+        for first in range(0, users, 100):
+            names = [f"user-{number}" for number in range(first, min(first + 100, users))]
             warm.gather(names, warm.buffer(len(names)))
         return warm
 
@@ -100,7 +115,7 @@ class Work:
         )
         model = get_peft_model(self.load().model, config, adapter_name="user-0").eval()
         layout = UserSlots.of(self.adapted).layout
-        found = slots_of(layout.size, ROWS)
+        found = Drawn(layout).kept(USERS).values
         inner: Any = model.base_model.model
         for user in range(ROWS):
             if user:
