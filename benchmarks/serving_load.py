@@ -30,6 +30,7 @@ from server.service.identity import RateLimits
 from server.service.registry import Registry
 from server.service.service import Service
 from server.service.texts import TextAsked
+from server.service.warm import Warm
 from tasks.config import ModelConfig, TaskConfig
 from tasks.learner import Learner, build_learner
 from tasks.models import load_base
@@ -41,7 +42,7 @@ def bank(model: dict[str, Any], users: int, folder: Path) -> Service:
     """Return the service with so many users' adapters, all of them in memory once they were asked for."""
     learner = _learner(model)
     service = Service(
-        Registry(None, folder), learner=learner, rates=RateLimits(rate=1e9, burst=10**9), warm=users,
+        Registry(None, folder), learner=learner, rates=RateLimits(rate=1e9, burst=10**9), warm=Warm(users),
         limits=Limits(rows=ROWS, waiting=4096, waiting_of_one=4096),
     )  # fmt: skip
     rows = slots_of(learner.layout.size, users)

@@ -22,6 +22,7 @@ from lora.errors import ConfigError, LetheError, RunError
 if TYPE_CHECKING:
     from lethe.config import RunFile
     from lethe.progress import Progress
+    from server.service.warm import Warm
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -117,6 +118,9 @@ def serve(  # noqa: PLR0917 - typer reads options by name
         str | None, typer.Option(envvar="LETHE_REGISTRY", help="A database's URL; else SQLite in the data directory.")
     ] = None,
     runs: Annotated[Path, typer.Option(help="Federation runs that the console shows.")] = Path("runs"),
+    warm: Annotated[int, typer.Option(min=1, help="Adapters that are kept in memory.")] = 4096,
+    bfloat16: Annotated[bool, typer.Option("--bfloat16", help="Keep them in half the bytes.")] = False,
+    pin: Annotated[list[str] | None, typer.Option(help="An adapter that stays in memory; may be repeated.")] = None,
     replicas: Annotated[
         int | None, typer.Option(min=1, help="Serve by so many replicas of a Ray Serve deployment.")
     ] = None,
@@ -131,7 +135,8 @@ def serve(  # noqa: PLR0917 - typer reads options by name
 
     if replicas is None and (ray is not None or most_replicas is not None):
         raise ConfigError("--ray, --most-replicas: say how many replicas there are by --replicas, or leave these out")
-    place = Place(host, port, data, registry, runs, grpc_port)
+    kept = _warm(warm, bfloat16=bfloat16, pinned=pin or [])
+    place = Place(host, port, data, registry, runs, grpc_port, kept)
     found = None if run is None else find_run(run)
     if replicas is not None:
         from lethe.replicas import Replicas, serve_replicas
@@ -141,6 +146,14 @@ def serve(  # noqa: PLR0917 - typer reads options by name
     from lethe.serve import serve as start
 
     start(found, place, say=typer.echo)
+
+
+def _warm(rows: int, *, bfloat16: bool, pinned: Sequence[str]) -> "Warm":
+    import torch
+
+    from server.service.warm import Warm
+
+    return Warm(rows, torch.bfloat16 if bfloat16 else torch.float32, tuple(pinned))
 
 
 @app.command()

@@ -12,7 +12,8 @@ from lora.errors import ConfigError, LetheError
 from server.service.identity import Keys
 from server.service.parts import WHOLE, Part, check_division
 from server.service.registry import Registry
-from server.service.service import Service, Writer
+from server.service.service import WARM, Service, Writer
+from server.service.warm import Warm
 from strategies.personal.lifelong import LifelongUsers
 from tasks.recommendation.interactions import Interactions
 
@@ -35,6 +36,8 @@ class Place:
     """Where federations run, for the console to show."""
     grpc_port: int | None = None
     """Where the same calls are served over gRPC; None for nowhere."""
+    warm: Warm = WARM
+    """What is kept in memory of adapters that texts and completions are answered by."""
 
     @property
     def url(self) -> str:
@@ -130,7 +133,7 @@ def _classifying(run: Path, place: Place) -> Service:
 
     opened = open_classifier(run)
     registry = Registry(place.registry, folder_of(run, place))
-    return Service(registry, learner=opened.learner, blank=opened.shared, gates=opened.gates)
+    return Service(registry, learner=opened.learner, blank=opened.shared, gates=opened.gates, warm=place.warm)
 
 
 def _personal(run: Path, place: Place, part: Part) -> Service:
@@ -144,7 +147,7 @@ def _personal(run: Path, place: Place, part: Part) -> Service:
         _start(users, opened.log, part)
         base = opened.personal.base
         writer = Writer(base, opened.personal.adapted) if base.causal else None
-        return Service(Registry(place.registry, folder), users=users, writer=writer, part=part)
+        return Service(Registry(place.registry, folder), users=users, writer=writer, part=part, warm=place.warm)
     except BaseException:
         users.close()
         raise

@@ -28,12 +28,14 @@ from server.service.recommending import CANDIDATES, RecommendAsked, Recommending
 from server.service.registry import Registry
 from server.service.sources import BankSource, Sources
 from server.service.texts import Gates, TextAsked, Texts
-from server.service.warm import Source, WarmSlots, missing
+from server.service.warm import Source, Warm, WarmSlots, missing
 from server.service.watch import Watch
 from strategies.personal.events import Event
 from strategies.personal.lifelong import LifelongUsers
 from tasks.learner import Learner
 from tasks.models import BaseModel
+
+WARM = Warm()
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Service:
         limits: Limits | None = None,
         rates: RateLimits | None = None,
         candidates: int = CANDIDATES,
-        warm: int = 4096,
+        warm: Warm = WARM,
         forgetting: Forgetting | None = None,
         part: Part = WHOLE,
     ) -> None:
@@ -96,21 +98,21 @@ class Service:
         self.forgetting = forgetting or Deletions(registry, self._erasers(), knows=self._knows, mine=self.part.has)
         self.forgetting.resume()
 
-    def _start(self, limits: Limits, *, candidates: int, warm: int) -> None:
+    def _start(self, limits: Limits, *, candidates: int, warm: Warm) -> None:
         if self.users is not None:
             self._engine("recommending", Batches(Recommending(self.users, candidates=candidates)), limits)
         if self.writer is not None:
             self._start_writing(self.writer, limits, warm=warm)
 
     def _start_texts(
-        self, learner: Learner, limits: Limits, *, warm: int, gates: Gates | None, blank: Tensor | None
+        self, learner: Learner, limits: Limits, *, warm: Warm, gates: Gates | None, blank: Tensor | None
     ) -> None:
         own = Served("texts", learner.adapted, learner.layout, learner.base.reference, "FEATURE_EXTRACTION")
         kept = self._kept(own, RegistrySource(self.adapters, own.layout), warm)
         worker = Batches(Texts(learner, kept, rows=limits.rows, gates=gates, blank=blank))
         self._engine("texts", worker, limits)
 
-    def _start_writing(self, writer: Writer, limits: Limits, *, warm: int) -> None:
+    def _start_writing(self, writer: Writer, limits: Limits, *, warm: Warm) -> None:
         from strategies.personal.slots import UserSlots
 
         layout = UserSlots.of(writer.adapted).layout
@@ -122,9 +124,12 @@ class Service:
         worker = Writing(writer.base, writer.adapted, kept, rows=limits.rows)
         self._engine("writing", worker, limits)
 
-    def _kept(self, served: Served, source: Source, rows: int) -> WarmSlots:
+    def _kept(self, served: Served, source: Source, warm: Warm) -> WarmSlots:
         self.served[served.name] = served
-        kept = WarmSlots(source, rows=rows, device=next(served.adapted.base.parameters()).device)
+        device = next(served.adapted.base.parameters()).device
+        kept = WarmSlots(source, rows=warm.rows, dtype=warm.dtype, device=device)
+        # What is not there yet stays from its first use on.
+        kept.hold(warm.pinned)
         self._warm.append(kept)
         self.metrics.follow_warm("texts" if served.name == "texts" else "writing", kept)
         return kept

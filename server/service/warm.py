@@ -24,6 +24,15 @@ class Kept:
     """Why a name has no slot, where there is more to say than that it is not there."""
 
 
+@dataclass(frozen=True)
+class Warm:
+    """How many slots are kept in memory, in what numbers, and whose are there to stay."""
+
+    rows: int = 4096
+    dtype: torch.dtype = torch.float32
+    pinned: tuple[str, ...] = ()
+
+
 class Source(Protocol):
     """Where all slots are kept: a memory-mapped bank, or a folder of files with a registry."""
 
@@ -136,14 +145,26 @@ class WarmSlots:
 
     def pin(self, name: str) -> None:
         """Keep a name in memory. Raises Unknown for one that is not there, ConfigError where every row is pinned."""
-        with self._lock:
-            if len(self._pinned | {name}) > max(1, self.rows - 1):
-                raise ConfigError(f"{len(self._pinned)} of {self.rows} warm rows are pinned; unpin one, or have more")
-            self._pinned.add(name)
+        self._reserve(name)
         (version,) = self.gather([name], self.buffer(1))
         if isinstance(version, LetheError):
             self.unpin(name)
             raise version
+
+    def hold(self, names: Sequence[str]) -> None:
+        """Pin names that may not be there yet, fetching those that are. Raises ConfigError where rows run out."""
+        there = self.source.versions(names)
+        for name in names:
+            if name in there:
+                self.pin(name)
+            else:
+                self._reserve(name)
+
+    def _reserve(self, name: str) -> None:
+        with self._lock:
+            if len(self._pinned | {name}) > max(1, self.rows - 1):
+                raise ConfigError(f"{len(self._pinned)} of {self.rows} warm rows are pinned; unpin one, or have more")
+            self._pinned.add(name)
 
     def unpin(self, name: str) -> None:
         """Let a name be evicted again."""

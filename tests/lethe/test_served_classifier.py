@@ -21,6 +21,7 @@ from server.service.answers import COLD
 from server.service.identity import Caller
 from server.service.service import Service
 from server.service.texts import TextAnswer, TextAsked
+from server.service.warm import Warm
 from strategies.unlearning.config import ForgettingConfig
 from tasks.exported import ExportedClassifier
 from tasks.models import load_base
@@ -71,6 +72,21 @@ def test_it_answers_as_the_exported_classifier_for_whom_it_does_not_know(run: Pa
     assert own[0].provenance.adapter == "ada" and own[0].provenance.personalized
     assert np.abs(np.array(own[0].values) - np.array(found[0].values)).max() > 1e-4
     assert service.take(OPERATOR, "ada")
+    service.close()
+
+
+def test_adapters_are_kept_in_half_the_bytes_where_that_is_asked_for(run: Path) -> None:
+    service = open_service(run, Place(warm=Warm(4, torch.bfloat16, ("ada",))), say=print)
+    layout = service.served["texts"].layout
+    names = ["ada", *map(str, range(6))]
+    rows = 0.5 * torch.randn(len(names), layout.size, generator=torch.Generator().manual_seed(1))
+    service.adapters.write(*[NewAdapter(n, row, layout, "b", 2, None) for n, row in zip(names, rows, strict=True)])
+    (kept,) = service._warm
+    first = asked(service, ("wake me",), user="ada", cold=False)
+    for name in names:
+        asked(service, ("wake me",), user=name, cold=False)
+    assert kept.data.dtype == torch.bfloat16 and len(kept) == 4 and "ada" in kept
+    assert asked(service, ("wake me",), user="ada", cold=False) == first
     service.close()
 
 
