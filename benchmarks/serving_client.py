@@ -1,6 +1,6 @@
 """A light client that loads a server over kept connections; for `benchmarks.serving_load`.
 
-It is run as a program of its own (`python -m benchmarks.serving_client JSON`) and imports next to nothing: what the
+It is run as a program of its own (`main`, with JSON as its argument) and imports next to nothing: what the
 client spends on the machine that it shares with the server is not the server's to answer for.
 """
 
@@ -52,5 +52,6 @@ def _length(head: bytes) -> int:
     return next(int(value) for name, value in lines if name.lower() == b"content-length")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Load a server as the first argument says, and print the seconds of every request."""
     print(json.dumps(asyncio.run(load(**json.loads(sys.argv[1])))))
