@@ -182,7 +182,7 @@ def encoding(work: Work, *, tokens: int, warm: WarmSlots, names: Callable[[], li
 
     def run() -> Tensor:
         warm.gather(names(), buffer)
-        with work.adapted.bound(warm.layout.views(buffer)) as model:
+        with work.adapted.bound(warm.turned.views(buffer)) as model:
             found: Tensor = model(input_ids=ids, attention_mask=mask).last_hidden_state
         return found
 
@@ -194,7 +194,7 @@ def decoding(work: Work, *, warm: WarmSlots, names: Callable[[], list[str]]) -> 
     ids, kept = work.ids(PROMPT), warm.buffer(ROWS)
 
     def run() -> Tensor:
-        rows = Decoding(work.base, work.adapted, warm.layout, slots=kept)
+        rows = Decoding(work.base, work.adapted, warm.turned, slots=kept)
         warm.gather(names(), rows.free)
         logits = rows.join([*ids], range(ROWS))
         for _ in range(STEPS):

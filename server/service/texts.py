@@ -83,7 +83,7 @@ class Texts:
             raise ModelError("the slots have another layout than the model; make them for this model")
         self.learner, self.task, self.warm, self.gates = learner, learner.task, warm, gates
         self.labels = learner.labels
-        warm.blank = (learner.start() if blank is None else blank).to(warm.data.device)
+        warm.answer_blank(learner.start() if blank is None else blank)
         self._kept = warm.buffer(rows)
 
     @torch.no_grad()
@@ -126,7 +126,7 @@ class Texts:
 
     def _pass(self, batch: Batch, slots: Tensor, *, alone: bool, overlay: Overlaying | None) -> tuple[Tensor, Tensor]:
         """Return logits and features of one padded batch, with a slot a row, or one for all of them."""
-        blocks = self.learner.layout.views(slots[0] if alone else slots)
+        blocks = self.warm.turned.views(slots[0] if alone else slots)
         with self.learner.adapted.bound(blocks, overlay=overlay) as model:
             states = model(input_ids=batch.input_ids, attention_mask=batch.mask).last_hidden_state
         features = pool(states, batch, self.task.pooling)
