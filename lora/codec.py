@@ -131,20 +131,26 @@ class Turned:
 
     def turned(self, flat: Tensor) -> Tensor:
         """Return a copy of `flat [..., size]`, turned."""
-        copy, lead = flat.clone(), flat.shape[:-1]
-        for entry, own in self._turnable():
-            there = flat[..., own].view((*lead, *entry.shape)).transpose(-1, -2)
-            copy[..., own] = there.reshape((*lead, entry.size))
-        return copy
+        return flat.index_select(-1, self._order.to(flat.device))
+
+    @cached_property
+    def _order(self) -> Tensor:
+        """Where each number of the turned vector lies in the other."""
+        places = torch.arange(self.layout.size)
+        blocks = self.layout.views(places)
+        return torch.cat(
+            [
+                (blocks[each.part, each.name].mT if each.part == "B" else blocks[each.part, each.name]).flatten()
+                for each in self.layout.entries
+            ]
+        )
 
     def views(self, flat: Tensor) -> dict[tuple[Part, str], Tensor]:
         """Return every block of turned `flat [..., size]` as a view `[..., *shape]`, like `Layout.views`."""
-        found, lead = self.layout.views(flat), flat.shape[:-1]
-        for entry, own in self._turnable():
-            rows, columns = entry.shape
-            found[entry.part, entry.name] = flat[..., own].view((*lead, columns, rows)).transpose(-1, -2)
-        return found
-
-    def _turnable(self) -> list[tuple[Entry, slice]]:
-        slices = self.layout.slices
-        return [(each, slices[each.part, each.name]) for each in self.layout.entries if each.part == "B"]
+        lead, slices = flat.shape[:-1], self.layout.slices
+        return {
+            (each.part, each.name): flat[..., slices[each.part, each.name]].view((*lead, *each.shape[::-1])).mT
+            if each.part == "B"
+            else flat[..., slices[each.part, each.name]].view((*lead, *each.shape))
+            for each in self.layout.entries
+        }
