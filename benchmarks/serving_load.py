@@ -155,10 +155,11 @@ class Load:
             [sys.executable, "-c", CLIENT, json.dumps(given)],
             capture_output=True, text=True, check=True,
         )  # fmt: skip
+        found = json.loads(done.stdout.splitlines()[-1])
         # The warm-up's share is taken out by time: both parts are the same load.
-        self.cpu += (server.cpu() - before) * seconds / (seconds + warmup)
-        self.spent += json.loads(done.stdout.splitlines()[-1])
-        self.seconds += seconds
+        self.cpu += (server.cpu() - before) * found["seconds"] / (found["seconds"] + found["warmup"])
+        self.spent += found["spent"]
+        self.seconds += found["seconds"]
 
     def figures(self) -> dict[str, float]:
         """Return requests a second, p50 and p99 in milliseconds, and milliseconds of CPU a request."""
