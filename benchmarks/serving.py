@@ -1,6 +1,7 @@
 """Many users' adapters in one batch, against the bare model and PEFT's mixed batch; and servers under load.
 
-    python -m benchmarks.serving [--rounds 15] [--model minilm] [--stories DIRECTORY] [--seconds 10] [--smoke]
+    python -m benchmarks.serving [--parts passes rows load] [--rounds 15] [--model minilm] [--decoder DIRECTORY]
+        [--seconds 10] [--smoke]
 
 Passes: a batch of 32 rows of 32 different users, rank 8, in CPU seconds on one thread, variants interleaved. `base` is
 the model without adapters, `bank` a gather of 32 slots and the adapted model, `peft` PEFT's `adapter_names` with the
@@ -32,18 +33,19 @@ import psutil
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.measure import interleaved, paired_ratio, publish, settings
+from lora.codec import Layout
 from lora.config import AdapterConfig
 from lora.model import AdaptedModel
 from server.service.decoding import Decoding
 from server.service.sources import BankSource
-from server.service.warm import WarmSlots
+from server.service.warm import Kept, WarmSlots
 from strategies.personal.rows import NUMBERS, NamedRows
 from strategies.personal.slots import UserSlots
 from tasks.config import ModelConfig
-from tasks.models import load_base
+from tasks.models import BaseModel, byte_tokenizer, load_base
 
 ADAPTER = AdapterConfig(rank=8, alpha=16)
 ROWS, PROMPT, STEPS = 32, 32, 8
@@ -56,22 +58,41 @@ def slots_of(layout_size: int, count: int, *, seed: int = 0) -> Tensor:
     return SIZE * torch.randn(count, layout_size, generator=torch.Generator().manual_seed(seed))
 
 
+class Drawn:
+    """A source that draws every user's slot anew: what is measured are the warm slots, which need memory enough."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+
+    def kept(self, names: Sequence[str]) -> Kept:
+        """Return the slots of those names."""
+        values = torch.cat([slots_of(self.layout.size, 1, seed=int(name.split("-")[1])) for name in names])
+        return Kept(tuple(names), values, (1,) * len(names))
+
+    def versions(self, names: Sequence[str]) -> dict[str, int]:
+        """Return that nothing has changed."""
+        return dict.fromkeys(names, 1)
+
+    def listen(self, listener: Callable[[Sequence[str]], None]) -> None:
+        """Nothing is ever replaced."""
+
+
 @dataclass
 class Work:
     """A base model with a bank, and the same with PEFT's adapters."""
 
-    model: ModelConfig
-    causal: bool
+    load: Callable[[], BaseModel]
+    """Returns the model, the same in every call."""
 
     @cached_property
     def bare(self) -> nn.Module:
         """The model without adapters."""
-        return load_base(self.model, causal=self.causal).model.eval().requires_grad_(False)
+        return self.load().model.eval().requires_grad_(False)
 
     @cached_property
-    def base(self) -> Any:
+    def base(self) -> BaseModel:
         """The base of the bank."""
-        return load_base(self.model, causal=self.causal)
+        return self.load()
 
     @cached_property
     def adapted(self) -> AdaptedModel:
@@ -80,14 +101,9 @@ class Work:
 
     def bank(self, users: int) -> WarmSlots:
         """Return warm slots of so many users, all in memory."""
-        slots = UserSlots.of(self.adapted)
-        for first in range(0, users, 1000):
-            count = min(1000, users - first)
-            names = [f"user-{number}" for number in range(first, first + count)]
-            slots.add(names, slots_of(slots.layout.size, count, seed=first))
-        warm = WarmSlots(BankSource(slots), rows=users)
-        for first in range(0, users, 1000):
-            names = [f"user-{number}" for number in range(first, min(first + 1000, users))]
+        warm = WarmSlots(Drawn(UserSlots.of(self.adapted).layout), rows=users)
+        for first in range(0, users, 100):
+            names = [f"user-{number}" for number in range(first, min(first + 100, users))]
             warm.gather(names, warm.buffer(len(names)))
         return warm
 
@@ -97,9 +113,9 @@ class Work:
         config = LoraConfig(
             r=ADAPTER.rank, lora_alpha=int(ADAPTER.alpha), target_modules=[site.name for site in self.adapted.sites]
         )
-        model = get_peft_model(load_base(self.model, causal=self.causal).model, config, adapter_name="user-0").eval()
+        model = get_peft_model(self.load().model, config, adapter_name="user-0").eval()
         layout = UserSlots.of(self.adapted).layout
-        found = slots_of(layout.size, ROWS)
+        found = Drawn(layout).kept(USERS).values
         inner: Any = model.base_model.model
         for user in range(ROWS):
             if user:
@@ -113,11 +129,41 @@ class Work:
 
     def ids(self, tokens: int) -> Tensor:
         """Return random tokens, `[32, tokens]`."""
-        vocabulary = int(self.base.model.config.vocab_size)
+        config: Any = self.base.model.config
+        vocabulary = int(config.vocab_size)
         return torch.randint(5, vocabulary, (ROWS, tokens), generator=torch.Generator().manual_seed(tokens))
 
 
 USERS = [f"user-{number}" for number in range(ROWS)]
+
+
+def encoder_of(name: str) -> Work:
+    """Return the work of an encoder by name."""
+    return Work(lambda: load_base(ModelConfig(name=name, device="cpu"), causal=False))
+
+
+def small_llama() -> BaseModel:
+    """Return a Llama of 17 million numbers drawn at random: how long it takes does not depend on what they are."""
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=8192, hidden_size=384, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=6,
+            num_key_value_heads=6,
+        )
+    )  # fmt: skip
+    source = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, parameter.shape[-1] ** -0.5, generator=source)
+    return BaseModel(model, byte_tokenizer(), "small-llama", True)
+
+
+def decoder_of(path: str | None, *, tiny: bool) -> Work:
+    """Return the work of a decoder in a directory, of the small Llama, or of a tiny one."""
+    if path is None and not tiny:
+        return Work(small_llama)
+    found = ModelConfig(name="tiny-llama", path=path, device="cpu")
+    return Work(lambda: load_base(found, causal=True))
 
 
 # --- Passes ----------------------------------------------------------------------------------------------------------
@@ -136,7 +182,7 @@ def encoding(work: Work, *, tokens: int, warm: WarmSlots, names: Callable[[], li
 
     def run() -> Tensor:
         warm.gather(names(), buffer)
-        with work.adapted.bound(warm.layout.views(buffer)) as model:
+        with work.adapted.bound(warm.turned.views(buffer)) as model:
             found: Tensor = model(input_ids=ids, attention_mask=mask).last_hidden_state
         return found
 
@@ -148,7 +194,7 @@ def decoding(work: Work, *, warm: WarmSlots, names: Callable[[], list[str]]) -> 
     ids, kept = work.ids(PROMPT), warm.buffer(ROWS)
 
     def run() -> Tensor:
-        rows = Decoding(work.base, work.adapted, warm.layout, slots=kept)
+        rows = Decoding(work.base, work.adapted, warm.turned, slots=kept)
         warm.gather(names(), rows.free)
         logits = rows.join([*ids], range(ROWS))
         for _ in range(STEPS):
@@ -190,12 +236,13 @@ def silent(call: Callable[[], Tensor]) -> Callable[[], None]:
     return run
 
 
-def encoder_passes(work: Work, *, tokens: int, many: int, rounds: int) -> dict[str, list[float]]:
+def encoder_passes(
+    work: Work, *, tokens: int, few: WarmSlots, large: WarmSlots, many: int, rounds: int
+) -> dict[str, list[float]]:
     """Time the encoder bare, through the bank with 32 and with many users, and through PEFT."""
     ids = work.ids(tokens)
     mask = torch.ones_like(ids)
-    first, large = work.bank(ROWS), work.bank(many)
-    bank = encoding(work, tokens=tokens, warm=first, names=lambda: USERS)
+    bank = encoding(work, tokens=tokens, warm=few, names=lambda: USERS)
 
     def peft() -> Tensor:
         found: Tensor = work.peft(input_ids=ids, attention_mask=mask, adapter_names=USERS).last_hidden_state
@@ -208,7 +255,7 @@ def encoder_passes(work: Work, *, tokens: int, many: int, rounds: int) -> dict[s
     agree(bank(), peft(), bare(), f"encoder, {tokens} tokens")
     calls: dict[str, Callable[[], Tensor]] = {
         "base": bare,
-        "bank": encoding(work, tokens=tokens, warm=first, names=fresh(ROWS)),
+        "bank": encoding(work, tokens=tokens, warm=few, names=fresh(ROWS)),
         "many": encoding(work, tokens=tokens, warm=large, names=fresh(many)),
         "peft": peft,
     }
@@ -272,49 +319,68 @@ def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="minilm", help="the encoder: minilm, or tiny-bert")
-    parser.add_argument("--stories", metavar="DIRECTORY", help="the stories260k decoder; else a tiny random Llama")
+    parser.add_argument("--decoder", metavar="DIRECTORY", help="a decoder; else a random Llama of 17 million numbers")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--many", type=int, default=10_000, help="users of the larger bank (0.5 MB each for minilm)")
     parser.add_argument("--million", type=int, default=1_000_000, help="users with routing rows and rank-1 slots")
     parser.add_argument("--seconds", type=float, default=10.0, help="of every load")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 32, 100, 1000])
     parser.add_argument("--users", type=int, default=1000, help="users of the loaded service")
+    parser.add_argument("--parts", nargs="+", choices=[*PARTS], default=[*PARTS], help="what is measured; all of it")
     parser.add_argument("--smoke", action="store_true", help="everything tiny, and nothing written")
     chosen = parser.parse_args()
     if chosen.smoke:
         chosen.model, chosen.rounds, chosen.many, chosen.million = "tiny-bert", 2, 100, 1000
         chosen.seconds, chosen.clients, chosen.users = 0.5, [1, 32], 40
     torch.set_num_threads(1)
-    figures, rows = measured(chosen)
-    if chosen.smoke:
-        print(json.dumps(figures, indent=1))
-        return
-    about = {key: value for key, value in vars(chosen).items() if key not in ("smoke", "stories")}
-    publish("serving", figures=figures, rows=rows, about=settings(stories=bool(chosen.stories), **about))
+    about = {key: value for key, value in vars(chosen).items() if key not in ("smoke", "decoder", "parts")}
+    for part in chosen.parts:
+        with torch.no_grad():
+            figures, rows = PARTS[part](chosen)
+        known = {row[0] for row in rows}
+        table = [["what", "median", "spread"], *rows]
+        table += [[name, f"{value:.3g}", ""] for name, value in figures.items() if name not in known]
+        if chosen.smoke:
+            print(json.dumps(figures, indent=1))
+        else:
+            told = settings(decoder="given" if chosen.decoder else "small-llama", **about)
+            publish("serving", figures=figures, rows=table, about=told, part=part)
 
 
-@torch.no_grad()
-def measured(chosen: argparse.Namespace) -> tuple[dict[str, float], list[list[str]]]:
-    """Return all figures and the table."""
+Found = tuple[dict[str, float], list[list[str]]]
+"""Figures by name, and those rows of the table that have a spread."""
+
+
+def passes(chosen: argparse.Namespace) -> Found:
+    """Measure batches of 32 users, and adding a user."""
     figures: dict[str, float] = {}
-    rows = [["what", "median", "spread"]]
-    encoder = Work(ModelConfig(name=chosen.model, device="cpu"), causal=False)
+    rows: list[list[str]] = []
+    encoder = encoder_of(chosen.model)
+    few, large = encoder.bank(ROWS), encoder.bank(chosen.many)
     for tokens in (8, 32, 128):
-        times = encoder_passes(encoder, tokens=tokens, many=chosen.many, rounds=chosen.rounds)
+        times = encoder_passes(encoder, tokens=tokens, few=few, large=large, many=chosen.many, rounds=chosen.rounds)
         _ratios(times, f"enc{tokens}", figures, rows)
         if tokens == 32:
             _ratio(times, "many", "bank", key=f"n{chosen.many}_over_n32", figures=figures, rows=rows)
-    stories = {"path": chosen.stories} if chosen.stories else {"name": "tiny-llama"}
-    _ratios(decoder_passes(Work(ModelConfig(**stories, device="cpu"), causal=True), rounds=chosen.rounds), "decode",
-            figures, rows)  # fmt: skip
+    del few, large
+    decoder = decoder_of(chosen.decoder, tiny=chosen.smoke)
+    _ratios(decoder_passes(decoder, rounds=chosen.rounds), "decode", figures, rows)
     figures["add_user_ms"] = added(encoder, count=min(200, chosen.many))
-    figures |= _million(encoder, chosen.million)
-    del encoder
+    return figures, rows
+
+
+def rows_kept(chosen: argparse.Namespace) -> Found:
+    """Measure a million users' rows."""
+    return _million(encoder_of(chosen.model), chosen.million), []
+
+
+def load(chosen: argparse.Namespace) -> Found:
+    """Measure the servers."""
     # Imported late: the servers' processes import this module for the model and the slots.
     from benchmarks.serving_load import bare_engine, under_load
 
     model = {"name": chosen.model, "device": "cpu"}
-    figures |= bare_engine(model, users=chosen.users, seconds=chosen.seconds)
+    figures = bare_engine(model, users=chosen.users, seconds=chosen.seconds)
     figures |= under_load(model, clients=chosen.clients, seconds=chosen.seconds, users=chosen.users)
     for tokens in (8, 32):
         for name, figure, over in (("rps", "rps", "bank"), ("cpu", "cpu_ms", "peft")):
@@ -322,15 +388,16 @@ def measured(chosen: argparse.Namespace) -> tuple[dict[str, float], list[list[st
             under = next(kind for kind in found if kind != over)
             figures[f"{name}_over_{'peft' if name == 'rps' else 'bank'}_c32_{tokens}tok"] = found[over] / found[under]
     figures["p99_ms_c32"] = figures["bank_p99_ms_c32_8tok"]
-    known = {row[0] for row in rows}
-    rows += [[name, f"{value:.3g}", ""] for name, value in figures.items() if name not in known]
-    return figures, rows
+    return figures, []
+
+
+PARTS: dict[str, Callable[[argparse.Namespace], Found]] = {"passes": passes, "rows": rows_kept, "load": load}
 
 
 def _million(work: Work, users: int) -> dict[str, float]:
     """Measure routing rows of 8 meta-LoRAs, and slots of rank 1 on attention."""
     attention = AdapterConfig(rank=1, alpha=2, targets="attention")
-    small = AdaptedModel.attach(load_base(work.model, causal=False).model, attention)
+    small = AdaptedModel.attach(work.load().model, attention)
     widths = {"routing": 8 * len(work.adapted.sites), "rank1": sum(entry.size for entry in small.entries("B"))}
     return {
         f"{name}_{figure}": value for name, width in widths.items() for figure, value in many_rows(width, users).items()

@@ -1,6 +1,6 @@
 """A light client that loads a server over kept connections; for `benchmarks.serving_load`.
 
-It is run as a process of its own, which calls `main` with JSON as the argument, and imports next to nothing: what the
+It is run as a program of its own (`main`, with JSON as its argument) and imports next to nothing: what the
 client spends on the machine that it shares with the server is not the server's to answer for.
 """
 
@@ -8,19 +8,23 @@ import asyncio
 import json
 import sys
 import time
+from typing import Any
 
 
 async def load(
     port: int, key: str, *, clients: int, users: int, text: str, seconds: float, warmup: float
-) -> list[float]:
-    """Ask on so many connections, one request after another on each; returns the seconds of every request."""
+) -> dict[str, Any]:
+    """Ask on so many connections, one request after another on each; returns the seconds of every request, of all of
+    it until the last answer, and of the warm-up before it: what was asked in time may be answered long after."""
     body = json.dumps({"texts": [text], "kind": "embed"}).encode()
+    took: list[float] = []
     for length in (warmup, seconds):
         spent: list[float] = []
-        end = time.perf_counter() + length
-        asks = [_one(port, key, body, number, clients, users, end, spent) for number in range(clients)]
+        began = time.perf_counter()
+        asks = [_one(port, key, body, number, clients, users, began + length, spent) for number in range(clients)]
         await asyncio.gather(*asks)
-    return spent
+        took.append(time.perf_counter() - began)
+    return {"spent": spent, "seconds": took[1], "warmup": took[0]}
 
 
 async def _one(  # noqa: PLR0917 - a row of plain numbers
@@ -53,5 +57,5 @@ def _length(head: bytes) -> int:
 
 
 def main() -> None:
-    """Load as the first argument says, and print what it took."""
+    """Load a server as the first argument says, and print what it found."""
     print(json.dumps(asyncio.run(load(**json.loads(sys.argv[1])))))

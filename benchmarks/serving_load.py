@@ -30,17 +30,20 @@ from server.service.identity import RateLimits
 from server.service.registry import Registry
 from server.service.service import Service
 from server.service.texts import TextAsked
+from server.service.warm import Warm
 from tasks.config import ModelConfig, TaskConfig
 from tasks.learner import Learner, build_learner
+from tasks.models import load_base
 
 KINDS = ("bank", "peft")
+CLIENT = "from benchmarks.serving_client import main; main()"
 
 
 def bank(model: dict[str, Any], users: int, folder: Path) -> Service:
     """Return the service with so many users' adapters, all of them in memory once they were asked for."""
     learner = _learner(model)
     service = Service(
-        Registry(None, folder), learner=learner, rates=RateLimits(rate=1e9, burst=10**9), warm=users,
+        Registry(None, folder), learner=learner, rates=RateLimits(rate=1e9, burst=10**9), warm=Warm(users),
         limits=Limits(rows=ROWS, waiting=4096, waiting_of_one=4096),
     )  # fmt: skip
     rows = slots_of(learner.layout.size, users)
@@ -57,7 +60,7 @@ def _learner(model: dict[str, Any]) -> Learner:
 
 def peft_app(model: dict[str, Any], key: str) -> FastAPI:
     """Return what people write with FastAPI and PEFT: the same bodies and answers, a call of the model a request."""
-    work = Work(ModelConfig(**model), causal=False)
+    work = Work(lambda: load_base(ModelConfig(**model), causal=False))
     loaded, tokenizer, lock, app = work.peft, work.base.tokenizer, threading.Lock(), FastAPI()
     given_key = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer())]
 
@@ -149,13 +152,14 @@ class Load:
         given = {"port": server.port, "key": server.key, "seconds": seconds, "warmup": warmup, **asked}
         before = server.cpu()
         done = subprocess.run(
-            [sys.executable, "-c", "from benchmarks.serving_client import main; main()", json.dumps(given)],
+            [sys.executable, "-c", CLIENT, json.dumps(given)],
             capture_output=True, text=True, check=True,
         )  # fmt: skip
+        found = json.loads(done.stdout.splitlines()[-1])
         # The warm-up's share is taken out by time: both parts are the same load.
-        self.cpu += (server.cpu() - before) * seconds / (seconds + warmup)
-        self.spent += json.loads(done.stdout.splitlines()[-1])
-        self.seconds += seconds
+        self.cpu += (server.cpu() - before) * found["seconds"] / (found["seconds"] + found["warmup"])
+        self.spent += found["spent"]
+        self.seconds += found["seconds"]
 
     def figures(self) -> dict[str, float]:
         """Return requests a second, p50 and p99 in milliseconds, and milliseconds of CPU a request."""

@@ -17,11 +17,12 @@ from rich.text import Text
 from lethe.adapters import app as adapters_app
 from lethe.deploy import app as deploy_app
 from lethe.forget import app as forget_app
-from lora.errors import LetheError, RunError
+from lora.errors import ConfigError, LetheError, RunError
 
 if TYPE_CHECKING:
     from lethe.config import RunFile
     from lethe.progress import Progress
+    from server.service.warm import Warm
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -104,7 +105,8 @@ def personalize(recipe: Recipe, overrides: Overrides = None, quiet: Quiet = Fals
 @app.command()
 def serve(  # noqa: PLR0917 - typer reads options by name
     run: Annotated[
-        str | None, typer.Option("--run", help="A finished personal run (runs/NAME, or its name); else a demo.")
+        str | None,
+        typer.Option("--run", help="A finished run (runs/NAME, or its name), personal or a classifier's; else a demo."),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen at.", min=1, max=65535)] = 8420,
@@ -116,14 +118,42 @@ def serve(  # noqa: PLR0917 - typer reads options by name
         str | None, typer.Option(envvar="LETHE_REGISTRY", help="A database's URL; else SQLite in the data directory.")
     ] = None,
     runs: Annotated[Path, typer.Option(help="Federation runs that the console shows.")] = Path("runs"),
+    warm: Annotated[int, typer.Option(min=1, help="Adapters that are kept in memory.")] = 4096,
+    bfloat16: Annotated[bool, typer.Option("--bfloat16", help="Keep them in half the bytes.")] = False,
+    pin: Annotated[list[str] | None, typer.Option(help="An adapter that stays in memory; may be repeated.")] = None,
+    replicas: Annotated[
+        int | None, typer.Option(min=1, help="Serve by so many replicas of a Ray Serve deployment.")
+    ] = None,
+    most_replicas: Annotated[
+        int | None, typer.Option(min=1, help="Start more replicas under load, up to so many (classifiers only).")
+    ] = None,
+    ray: Annotated[str | None, typer.Option(help="A Ray cluster's address; else one of this machine.")] = None,
 ) -> None:
     """Serve every user's own adapter over HTTP, with a web console; with no arguments, a built-in demo."""
     from lethe.record import find_run
     from lethe.serve import Place
+
+    if replicas is None and (ray is not None or most_replicas is not None):
+        raise ConfigError("--ray, --most-replicas: say how many replicas there are by --replicas, or leave these out")
+    kept = _warm(warm, bfloat16=bfloat16, pinned=pin or [])
+    place = Place(host, port, data, registry, runs, grpc_port, kept)
+    found = None if run is None else find_run(run)
+    if replicas is not None:
+        from lethe.replicas import Replicas, serve_replicas
+
+        serve_replicas(found, place, Replicas(replicas, most_replicas, ray=ray), say=typer.echo)
+        return
     from lethe.serve import serve as start
 
-    place = Place(host, port, data, registry, runs, grpc_port)
-    start(None if run is None else find_run(run), place, say=typer.echo)
+    start(found, place, say=typer.echo)
+
+
+def _warm(rows: int, *, bfloat16: bool, pinned: Sequence[str]) -> "Warm":
+    import torch
+
+    from server.service.warm import Warm
+
+    return Warm(rows, torch.bfloat16 if bfloat16 else torch.float32, tuple(pinned))
 
 
 @app.command()

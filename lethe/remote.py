@@ -96,7 +96,8 @@ class Client:
 
     def complete(self, model: str, prompt: str, **options: Any) -> Completion:
         """Go on with a text by an adapter, a user's own, or the base; `options` as OpenAI's: max_tokens, ..."""
-        found = self.ask("POST", "/v1/completions", json={"model": model, "prompt": prompt, **options})
+        body = {"model": model, "prompt": prompt, **options}
+        found = self.ask("POST", "/v1/completions", json=body, headers={"Lethe-User": _part(model)})
         (choice,), (whose,) = found["choices"], found["whose"]
         return Completion(choice["text"], choice["finish_reason"], Whose(**whose))
 

@@ -1,5 +1,6 @@
-"""`lethe serve`: the personalisation service by HTTP, gRPC and console, of a finished personal run or of a demo."""
+"""`lethe serve`: the personalisation service by HTTP, gRPC and console, of a finished run or of a demo."""
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,11 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from lora.errors import ConfigError, LetheError
+from server.service.identity import Keys
+from server.service.parts import WHOLE, Part, check_division
 from server.service.registry import Registry
-from server.service.service import Service, Writer
+from server.service.service import WARM, Service, Writer
+from server.service.warm import Warm
 from strategies.personal.lifelong import LifelongUsers
+from tasks.recommendation.interactions import Interactions
 
-SERVICE, KEY_FILE = "service", "operator.key"
+SERVICE, KEY_FILE, STARTED = "service", "operator.key", "started"
+TRY = {"texts": ["wake me up at noon"], "fallback": "cold"}
 Say = Callable[[str], None]
 
 
@@ -30,6 +36,8 @@ class Place:
     """Where federations run, for the console to show."""
     grpc_port: int | None = None
     """Where the same calls are served over gRPC; None for nowhere."""
+    warm: Warm = WARM
+    """What is kept in memory of adapters that texts and completions are answered by."""
 
     @property
     def url(self) -> str:
@@ -50,7 +58,7 @@ def serve(run: Path | None, place: Place, *, say: Say) -> None:
 
     service = open_service(run, place, say=say)
     try:
-        key = operator_key(service, folder_of(run, place))
+        key = operator_key(service.keys, folder_of(run, place))
         app = create_app(service, runs=ShownRuns(place.runs))
         # uvicorn's own log configuration would shut down every handler of the process, and absl's closes its stream.
         settings = uvicorn.Config(
@@ -59,7 +67,7 @@ def serve(run: Path | None, place: Place, *, say: Say) -> None:
         )  # fmt: skip
         server = uvicorn.Server(settings)
         with _door(service, place):
-            _announce(service, place, key, say)
+            announce(service, place, key, say)
             try:
                 server.run()
             except SystemExit as error:
@@ -97,48 +105,88 @@ def folder_of(run: Path | None, place: Place) -> Path:
     return cache() / f"{VERSION}-{SERVICE}"
 
 
-def open_service(run: Path | None, place: Place, *, say: Say) -> Service:
-    """Open the service of a run, or of the demo. Raises RunError for a run that cannot be served."""
-    from lethe.served_run import open_run
+def found_run(run: Path | None, place: Place, *, say: Say) -> tuple[Path, Place]:
+    """Return the run that is served, and the place with its data directory; the demo is made if there is none yet."""
     from lethe.serving_demo import demo_run
 
+    folder = folder_of(run, place)
     if run is None:
         run = demo_run(listen=lambda part: say(f"preparing the demo: {part}"))
-        place = replace(place, data=folder_of(None, place))
-    opened = open_run(run)
+    return run, replace(place, data=folder)
+
+
+def open_service(run: Path | None, place: Place, *, say: Say, part: Part = WHOLE) -> Service:
+    """Open the service of a run, or of the demo; of `part` of its users. Raises RunError where it cannot be served."""
+    run, place = found_run(run, place, say=say)
+    return _personal(run, place, part) if has_users(run) else _classifying(run, place)
+
+
+def has_users(run: Path) -> bool:
+    """Return whether a run has users with histories, which one process holds; a classifier's adapters are shared."""
+    from lethe.config import read_kind
+
+    return read_kind(run / "config.yaml") == "personal"
+
+
+def _classifying(run: Path, place: Place) -> Service:
+    from lethe.served_classifier import open_classifier
+
+    opened = open_classifier(run)
+    registry = Registry(place.registry, folder_of(run, place))
+    return Service(registry, learner=opened.learner, blank=opened.shared, gates=opened.gates, warm=place.warm)
+
+
+def _personal(run: Path, place: Place, part: Part) -> Service:
+    from lethe.served_run import open_run
+
     folder = folder_of(run, place)
-    users = LifelongUsers(opened.personal, opened.log, directory=folder / "users")
+    check_division(folder, part.of)
+    opened = open_run(run)
+    users = LifelongUsers(opened.personal, opened.log, directory=folder / part.folder)
     try:
-        if not len(users):
-            users.start(opened.log)
+        _start(users, opened.log, part)
         base = opened.personal.base
         writer = Writer(base, opened.personal.adapted) if base.causal else None
-        return Service(Registry(place.registry, folder), users=users, writer=writer)
+        return Service(Registry(place.registry, folder), users=users, writer=writer, part=part, warm=place.warm)
     except BaseException:
         users.close()
         raise
 
 
-def operator_key(service: Service, folder: Path) -> str:
+def _start(users: LifelongUsers, log: Interactions, part: Part) -> None:
+    """Take the run's own users, once: who was forgotten since does not come back, even if nobody is left."""
+    if users.histories.noted(STARTED) is None:
+        if not len(users):
+            users.start(log, among=part.has)
+        users.histories.note(STARTED, "yes")
+
+
+def operator_key(keys: Keys, folder: Path) -> str:
     """Return the operator's key that is kept beside the service, for its owner to read; it is made if need be."""
     file = folder / KEY_FILE
     try:
         key = file.read_text().strip()
-        service.keys.caller(key)
+        keys.caller(key)
     except (OSError, LetheError):
-        key = service.keys.issue("operator", label="made by lethe serve")
+        key = keys.issue("operator", label="made by lethe serve")
         file.unlink(missing_ok=True)
         with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as kept:
             kept.write(key + "\n")
     return key
 
 
-def _announce(service: Service, place: Place, key: str, say: Say) -> None:
-    users: Any = service.users
-    name = users.names()[0] if len(users) else "USER"
-    say(f"serving {len(users):,} users at {place.url} (documentation: {place.url}/docs)")
+def announce(service: Service | None, place: Place, key: str, say: Say) -> None:
+    """Say where it is served, and how to ask; of a service that is elsewhere, without its users."""
+    users: Any = None if service is None else service.users
+    what, name = ("", "USER") if not users else (f"{len(users):,} users ", users.names()[0])
+    if service is not None and service.learner is not None:
+        what = f"a classifier of {len(service.labels)} labels "
+    say(f"serving {what}at {place.url} (documentation: {place.url}/docs)")
     if place.grpc_port is not None:
         say(f"the same calls over gRPC at {place.host}:{place.grpc_port} (lethe.v1.Personal; reflection is on)")
     say(f"operator's key: {key}")
-    say(f"try: curl -H 'Authorization: Bearer {key}' '{place.url}/v1/users/{name}/recommendations?count=3'")
+    ask = "recommendations?count=3'"
+    if service is not None and service.learner is not None:
+        ask = f"""predictions' -H 'Content-Type: application/json' -d '{json.dumps(TRY)}'"""
+    say(f"try: curl -H 'Authorization: Bearer {key}' '{place.url}/v1/users/{name}/{ask}")
     say(f"console: {place.url}/console  sign in with {key}")

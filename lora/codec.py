@@ -117,3 +117,40 @@ class Layout:
         """Fingerprint of names, shapes and order (sha256, hex)."""
         rows = [[entry.part, entry.name, list(entry.shape)] for entry in self.entries]
         return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Turned:
+    """A layout's numbers with every B stored as its transpose, `[r, d_out]`: as answering reads it fastest.
+
+    Batches of a few tokens a row are all overhead otherwise: a product with a B that lies the other way takes up to
+    three times as long.
+    """
+
+    layout: Layout
+
+    def turned(self, flat: Tensor) -> Tensor:
+        """Return a copy of `flat [..., size]`, turned."""
+        return flat.index_select(-1, self._order.to(flat.device))
+
+    @cached_property
+    def _order(self) -> Tensor:
+        """Where each number of the turned vector lies in the other."""
+        places = torch.arange(self.layout.size)
+        blocks = self.layout.views(places)
+        return torch.cat(
+            [
+                (blocks[each.part, each.name].mT if each.part == "B" else blocks[each.part, each.name]).flatten()
+                for each in self.layout.entries
+            ]
+        )
+
+    def views(self, flat: Tensor) -> dict[tuple[Part, str], Tensor]:
+        """Return every block of turned `flat [..., size]` as a view `[..., *shape]`, like `Layout.views`."""
+        lead, slices = flat.shape[:-1], self.layout.slices
+        return {
+            (each.part, each.name): flat[..., slices[each.part, each.name]].view((*lead, *each.shape[::-1])).mT
+            if each.part == "B"
+            else flat[..., slices[each.part, each.name]].view((*lead, *each.shape))
+            for each in self.layout.entries
+        }

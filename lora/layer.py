@@ -57,6 +57,15 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
+def _forward(  # noqa: PLR0917 - as FusedLoRA's
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return y and A x."""
+    y = F.linear(x, weight, bias)
+    u = _apply(x, a.transpose(-1, -2))
+    return _add_applied(y, u, b.transpose(-1, -2), scale), u
+
+
 class FusedLoRA(torch.autograd.Function):
     """W x + bias + s B (A x), with A `[r, d_in]` and B `[d_out, r]`, or one of either for each group of rows.
 
@@ -80,9 +89,7 @@ class FusedLoRA(torch.autograd.Function):
         anchor: Tensor | None,
     ) -> Tensor:
         """Return y `[rows, tokens, d_out]` for x `[rows, tokens, d_in]`."""
-        y = F.linear(x, weight, bias)
-        u = _apply(x, a.transpose(-1, -2))
-        _add_applied(y, u, b.transpose(-1, -2), scale)
+        y, u = _forward(x, weight, bias, a, b, scale)
         wants_a = "A" in sink.parts if sink is not None else ctx.needs_input_grad[3]
         ctx.save_for_backward(u, weight, a, b, x if wants_a else None)
         ctx.scale, ctx.name, ctx.sink, ctx.wants_a = scale, name, sink, wants_a
@@ -182,8 +189,11 @@ class AdaptedLinear(nn.Module):
                 "of their own; leave it out of adapter.targets"
             )
         x3 = (x if x.dim() == 3 else x.reshape(1, -1, x.shape[-1])).contiguous()
-        y: Tensor = FusedLoRA.apply(  # type: ignore[no-untyped-call]
-            x3, self.weight, self.bias, a, b, self.scale, self.site.name, bound.sink, bound.anchor
-        )
+        if bound.sink is None and not torch.is_grad_enabled():
+            y = _forward(x3, self.weight, self.bias, a, b, self.scale)[0]
+        else:
+            y = FusedLoRA.apply(  # type: ignore[no-untyped-call]
+                x3, self.weight, self.bias, a, b, self.scale, self.site.name, bound.sink, bound.anchor
+            )
         y = y if x.dim() == 3 else y.reshape(*x.shape[:-1], -1)
         return y if bound.overlay is None else bound.overlay.add(self.site.name, x, y, scale=self.scale)

@@ -182,13 +182,17 @@ class Store:
         """
         learner, values = self.exported().over(base or self.base())
         bare = Forgotten(learner, values, self.config, self.classifier.own_rank)
+        return bare.beside(*self.gated(bare))
+
+    def gated(self, bare: Forgotten) -> list[GatedSlot]:
+        """Load slots and detectors of all accepted requests. Raises RunError for a damaged file."""
         found = []
         for each in self.manifest.held:
             if each.slot is not None:
                 block, slot = load_slot(check_digest(self.slot(each.request), each.slot), frames=bare.frames)
                 detector = Detector.load(check_digest(self.detector(each.request), each.detector))
                 found.append(GatedSlot(each.request, block, slot, detector))
-        return bare.beside(*found)
+        return found
 
     def reservation(self, name: str) -> Path:
         """Return the file that keeps a block of the frame for a request, or for an order to a client."""

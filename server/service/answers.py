@@ -1,7 +1,7 @@
 """What every answer says about itself: whose adapter it came from, which version, and whether it was personal."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 OWN = "answered by the adapter of that name"
 BASE = "the base model was asked for by name"
@@ -33,3 +33,7 @@ class Provenance:
         if adapter is None:
             return cls(None, None, reason=reason)
         return cls(adapter, version, {adapter: 1.0}, personalized=True, reason=OWN)
+
+    def beside(self, requests: Mapping[str, float]) -> "Provenance":
+        """Return the same with the weights of forget requests whose slots were mixed in as well."""
+        return replace(self, gate={**self.gate, **requests}) if requests else self

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from lora.codec import Layout
+from lora.codec import Layout, Turned
 from lora.model import AdaptedModel
 from tasks.models import BaseModel
 
@@ -19,11 +19,12 @@ class Decoding:
     to each. A row joins by a prefill of its own and leaves by a selection of the others.
     """
 
-    def __init__(self, base: BaseModel, adapted: AdaptedModel, layout: Layout, *, slots: Tensor) -> None:
+    def __init__(self, base: BaseModel, adapted: AdaptedModel, layout: Layout | Turned, *, slots: Tensor) -> None:
         self.base, self.adapted, self.layout = base, adapted, layout
         self.device = base.placement.device
         self.lengths = torch.zeros(0, dtype=torch.int64)
         self._slots = slots
+        self._views: dict[tuple[int, int], Any] = {}
         self._cache = DynamicCache()
 
     @property
@@ -91,13 +92,20 @@ class Decoding:
         wanted, place = torch.unique(last, return_inverse=True)
         given = {"attention_mask": mask, "position_ids": positions}
         moved = {key: value.to(self.device) for key, value in given.items() if value is not None}
-        with self.adapted.bound(self.layout.views(self._slots[rows])) as model:
+        with self.adapted.bound(self._blocks(rows)) as model:
             found = model(
                 input_ids=ids.to(self.device), past_key_values=cache, use_cache=True,
                 logits_to_keep=wanted.to(self.device), **moved,
             ).logits  # fmt: skip
         picked: Tensor = found[torch.arange(len(ids)), place].float().cpu()
         return picked
+
+    def _blocks(self, rows: slice) -> Any:
+        """Return the blocks of some rows of the buffer, which stays where it is: a step is too short to cut it anew."""
+        key = rows.start, rows.stop
+        if key not in self._views:
+            self._views[key] = self.layout.views(self._slots[rows])
+        return self._views[key]
 
     def _append(self, cache: DynamicCache, lengths: Tensor) -> None:
         if not self.rows:

@@ -64,17 +64,21 @@ class Deletions:
     | case | what happens |
     |---|---|
     | a kill in between | `resume` carries it out: the name is kept until then |
+    | several processes of one registry | one after the other; `resume` only for users who are `mine` |
     | an eraser fails | the request says so and stays open; `resume` tries again |
     | nothing is known of the user | Unknown; no request is made |
     """
 
-    def __init__(self, registry: Registry, erasers: Sequence[Eraser], *, knows: Callable[[str], bool]) -> None:
-        self.registry, self._erasers, self._knows = registry, tuple(erasers), knows
+    def __init__(
+        self, registry: Registry, erasers: Sequence[Eraser], *, knows: Callable[[str], bool],
+        mine: Callable[[str], bool] = lambda user: True,
+    ) -> None:  # fmt: skip
+        self.registry, self._erasers, self._knows, self._mine = registry, tuple(erasers), knows, mine
         self._lock = threading.Lock()
 
     def ask(self, user: str, *, asked_by: str | None) -> ForgetRequest:
         """Forget a user now. Raises Unknown where nothing is known of them."""
-        with self._lock:
+        with self._lock, self.registry.alone("forgetting"):
             if not self._knows(user):
                 raise Unknown(f"nothing is known of user '{user}'; there is nothing to forget")
             row = ForgetRow(
@@ -122,9 +126,10 @@ class Deletions:
 
     def resume(self) -> int:
         """Carry out what was accepted and not done."""
-        with self._lock:
+        with self._lock, self.registry.alone("forgetting"):
             with self.registry.session() as session:
-                rows = [*session.scalars(select(ForgetRow).where(ForgetRow.user.is_not(None)))]
+                open_ones = session.scalars(select(ForgetRow).where(ForgetRow.user.is_not(None)))
+                rows = [row for row in open_ones if self._mine(str(row.user))]
             for row in rows:
                 self._carry_out(row.id, str(row.user))
             return len(rows)

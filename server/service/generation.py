@@ -80,7 +80,7 @@ class Writing:
         self.base, self.warm = base, warm
         self.longest = longest or base.positions or 2048
         self._rows: list[_Row] = []
-        self._decoding = Decoding(base, adapted, warm.layout, slots=warm.buffer(rows))
+        self._decoding = Decoding(base, adapted, warm.turned, slots=warm.buffer(rows))
         self._ends = _ends(base)
         self._next = torch.zeros(0, dtype=torch.int64)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from sqlalchemy import delete
 
-from lora.errors import DataError
+from lora.errors import DataError, RunError, Unavailable
 from server.service.registry import Registry
 from server.service.tables import OnceRow
 
@@ -28,7 +28,8 @@ class Once:
     |---|---|
     | a key that comes again with the same request | the first answer |
     | with another request | DataError |
-    | a request that failed | the key is free again |
+    | a request that was refused | the key is free again |
+    | one that failed for want of room or of the database | the same request may be sent again |
     | after a day | the key is free again |
     """
 
@@ -54,6 +55,9 @@ class Once:
             if answer is None:
                 try:
                     answer = act()
+                except (RunError, Unavailable):
+                    # It may have taken effect in part: the key stays, so that `done` is asked when it comes again.
+                    raise
                 except BaseException:
                     self._release(name)
                     raise

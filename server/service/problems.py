@@ -9,7 +9,18 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from lora.errors import Busy, ConfigError, DataError, Denied, LetheError, ModelError, Unavailable, Unknown, WrongUpdate
+from lora.errors import (
+    Busy,
+    ConfigError,
+    DataError,
+    Denied,
+    LetheError,
+    ModelError,
+    RunError,
+    Unavailable,
+    Unknown,
+    WrongUpdate,
+)
 from server.service.bodies import Problem, ProblemBody
 from server.service.identity import NoKey, TooMany
 from strategies.personal.events import EventRefused
@@ -24,6 +35,7 @@ _STATUS: tuple[tuple[type[LetheError], int], ...] = (
     (TooMany, 429),
     (Busy, 503),
     (Unavailable, 503),
+    (RunError, 503),
     (DataError, 422),
     (ConfigError, 422),
     (ModelError, 422),
@@ -39,7 +51,7 @@ DOCUMENTED: dict[int | str, dict[str, Any]] = {
     413: {"model": ProblemBody, "description": "The body is too large"},
     422: {"model": ProblemBody, "description": "The request is wrong"},
     429: {"model": ProblemBody, "description": "Too many requests of this key; Retry-After says when"},
-    503: {"model": ProblemBody, "description": "Too much is waiting; Retry-After says when"},
+    503: {"model": ProblemBody, "description": "Too much is waiting, or database or disk fail; Retry-After says when"},
 }
 
 

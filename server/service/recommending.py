@@ -82,7 +82,7 @@ class Recommending:
         ]
 
     def _questions(self, asked: Sequence[RecommendAsked]) -> "list[_Question | LetheError]":
-        known = [own.user if own.user in self.users else None for own in asked]
+        known = [own.user if self.users.answers(own.user) else None for own in asked]
         short = [place for place, own in enumerate(asked) if own.items is None]
         proposed = self.users.shortlist([known[place] for place in short], self.candidates)
         lists = dict(zip(short, proposed, strict=True))

@@ -81,6 +81,13 @@ class Registry:
             fcntl.flock(lock, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
             yield
 
+    @contextmanager
+    def alone(self, what: str) -> Iterator[None]:
+        """Let one process at a time do something; the lock goes with the process, however that ends."""
+        with (self.folder / f".{what}.lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
     def scrub(self) -> None:
         """Have the database overwrite what was deleted, also in its log and in copies that moved rows left behind."""
         statements = ["VACUUM"] if self.postgres else ["VACUUM", "PRAGMA wal_checkpoint(TRUNCATE)"]

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from torch import Tensor
+
 from lora.errors import ConfigError, DataError, Denied, ModelError, ServiceError, Unknown
 from lora.model import AdaptedModel
 from server.service.adapters import READY, AdapterInfo, Adapters, NewAdapter, RegistrySource
@@ -20,17 +22,20 @@ from server.service.generation import WriteAsked, Writing
 from server.service.identity import Caller, Keys, RateLimits, check_name
 from server.service.metrics import Metrics
 from server.service.once import Once
+from server.service.parts import WHOLE, Part
 from server.service.peft import Served, packed, unpacked
 from server.service.recommending import CANDIDATES, RecommendAsked, Recommending
 from server.service.registry import Registry
 from server.service.sources import BankSource, Sources
-from server.service.texts import TextAsked, Texts
-from server.service.warm import Source, WarmSlots, missing
+from server.service.texts import Gates, TextAsked, Texts
+from server.service.warm import Source, Warm, WarmSlots, missing
 from server.service.watch import Watch
 from strategies.personal.events import Event
 from strategies.personal.lifelong import LifelongUsers
 from tasks.learner import Learner
 from tasks.models import BaseModel
+
+WARM = Warm()
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,8 @@ class Service:
     """Users, adapters and engines over one registry.
 
     `users` gives recommendations, `learner` predictions about texts, `writer` completions; at least one is needed.
+    `blank` is the learner's vector that answers for nobody in particular, `gates` what forget requests add to texts.
+    Where users with histories are divided among replicas, `part` says which are here; others are Busy, never new.
     """
 
     def __init__(
@@ -63,16 +70,20 @@ class Service:
         *,
         users: LifelongUsers | None = None,
         learner: Learner | None = None,
+        blank: Tensor | None = None,
+        gates: Gates | None = None,
         writer: Writer | None = None,
         limits: Limits | None = None,
         rates: RateLimits | None = None,
         candidates: int = CANDIDATES,
-        warm: int = 4096,
+        warm: Warm = WARM,
         forgetting: Forgetting | None = None,
+        part: Part = WHOLE,
     ) -> None:
         if users is None and learner is None and writer is None:
             raise ConfigError("a service without users, learner or writer answers nothing; give at least one")
         self.registry, self.users, self.learner, self.writer = registry, users, learner, writer
+        self.part = WHOLE if users is None else part
         self.adapters, self.keys, self.once = Adapters(registry), Keys(registry), Once(registry)
         self.rates, self.metrics = rates or RateLimits(), Metrics()
         self.served: dict[str, Served] = {}
@@ -81,22 +92,27 @@ class Service:
         self._closed = False
         self.adapters.recover()
         self._start(limits or Limits(), candidates=candidates, warm=warm)
+        if learner is not None:
+            self._start_texts(learner, limits or Limits(), warm=warm, gates=gates, blank=blank)
         self.watch = Watch(registry, self._doubt)
-        self.forgetting = forgetting or Deletions(registry, self._erasers(), knows=self._knows)
+        self.forgetting = forgetting or Deletions(registry, self._erasers(), knows=self._knows, mine=self.part.has)
         self.forgetting.resume()
 
-    def _start(self, limits: Limits, *, candidates: int, warm: int) -> None:
+    def _start(self, limits: Limits, *, candidates: int, warm: Warm) -> None:
         if self.users is not None:
             self._engine("recommending", Batches(Recommending(self.users, candidates=candidates)), limits)
-        if self.learner is not None:
-            own = Served("texts", self.learner.adapted, self.learner.layout, self.learner.base.reference,
-                         "FEATURE_EXTRACTION")  # fmt: skip
-            kept = self._kept(own, RegistrySource(self.adapters, own.layout), warm)
-            self._engine("texts", Batches(Texts(self.learner, kept, rows=limits.rows)), limits)
         if self.writer is not None:
             self._start_writing(self.writer, limits, warm=warm)
 
-    def _start_writing(self, writer: Writer, limits: Limits, *, warm: int) -> None:
+    def _start_texts(
+        self, learner: Learner, limits: Limits, *, warm: Warm, gates: Gates | None, blank: Tensor | None
+    ) -> None:
+        own = Served("texts", learner.adapted, learner.layout, learner.base.reference, "FEATURE_EXTRACTION")
+        kept = self._kept(own, RegistrySource(self.adapters, own.layout), warm)
+        worker = Batches(Texts(learner, kept, rows=limits.rows, gates=gates, blank=blank))
+        self._engine("texts", worker, limits)
+
+    def _start_writing(self, writer: Writer, limits: Limits, *, warm: Warm) -> None:
         from strategies.personal.slots import UserSlots
 
         layout = UserSlots.of(writer.adapted).layout
@@ -108,9 +124,12 @@ class Service:
         worker = Writing(writer.base, writer.adapted, kept, rows=limits.rows)
         self._engine("writing", worker, limits)
 
-    def _kept(self, served: Served, source: Source, rows: int) -> WarmSlots:
+    def _kept(self, served: Served, source: Source, warm: Warm) -> WarmSlots:
         self.served[served.name] = served
-        kept = WarmSlots(source, rows=rows, device=next(served.adapted.base.parameters()).device)
+        device = next(served.adapted.base.parameters()).device
+        kept = WarmSlots(source, rows=warm.rows, dtype=warm.dtype, device=device)
+        # What is not there yet stays from its first use on.
+        kept.hold(warm.pinned)
         self._warm.append(kept)
         self.metrics.follow_warm("texts" if served.name == "texts" else "writing", kept)
         return kept
@@ -148,13 +167,18 @@ class Service:
             raise Unknown("this service has no users with histories; start it with a personal run")
         return self.users
 
+    def _people_with(self, user: str) -> LifelongUsers:
+        people = self._people()
+        self.part.check(user)
+        return people
+
     def observe(self, caller: Caller, user: str, events: Sequence[Event], *, key: str | None = None) -> dict[str, Any]:
         """Take a user's events, all or none; equal `key`s take effect once. Returns the slot's new version.
 
         Raises EventRefused for a wrong event, DataError for a name that an adapter has, or a key that was used.
         """
         caller.may_read(user)
-        people = self._people()
+        people = self._people_with(user)
         check_name(user, what="user")
 
         def act() -> dict[str, Any]:
@@ -178,7 +202,7 @@ class Service:
     def user(self, caller: Caller, user: str) -> UserInfo:
         """Return what is known of a user. Raises Unknown."""
         caller.may_read(user)
-        people = self._people()
+        people = self._people_with(user)
         with people.steady():
             if user not in people:
                 raise Unknown(f"user '{user}' is not known; send an event of the user first")
@@ -187,7 +211,7 @@ class Service:
     def recommend(self, caller: Caller, asked: RecommendAsked) -> "Future[Any]":
         """Return a `Recommended` to come."""
         caller.may_read(asked.user)
-        self._people()
+        self._people_with(asked.user)
         return self.engines["recommending"].submit(asked.user, asked)
 
     def texts(
@@ -234,6 +258,7 @@ class Service:
         for info in found if own is None else [own, *found]:
             if served is None or info.layout == served.layout.digest:
                 return info
+        self.part.check(name)
         raise missing(name)
 
     def _own_slot(self, caller: Caller, name: str) -> AdapterInfo | None:
@@ -270,6 +295,7 @@ class Service:
         """Write an adapter from a ZIP of a PEFT directory, new or in place of the one of that name and owner."""
         caller.must_be("operator")
         check_name(name, what="adapter")
+        self.part.check(name)
         if owner is not None:
             check_name(owner, what="owner")
         served = self._model(model)
@@ -315,6 +341,7 @@ class Service:
     def forget(self, caller: Caller, user: str) -> ForgetRequest:
         """Delete what is kept of a user. Raises Unknown where nothing is."""
         caller.may_read(user)
+        self.part.check(user)
         done = self.forgetting.ask(user, asked_by=caller.key)
         self.metrics.forgotten.inc()
         return done

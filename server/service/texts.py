@@ -1,6 +1,6 @@
 """Texts through an encoder, every row by its own user's adapter: class probabilities and embeddings."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,8 +17,24 @@ from tasks.learner import Classification, Learner
 from tasks.tokens import Batch, Tokens, buckets, collate, tokenize_classification
 
 Kind = Literal["classify", "embed"]
-Overlays = Callable[[Batch], Overlaying | None]
-"""What forget requests add to the rows of a batch; None for nothing."""
+
+
+@dataclass(frozen=True)
+class Gated:
+    """What forget requests add to the rows of a batch, and the weight of each by its name, `weights [rows, names]`."""
+
+    overlay: Overlaying | None
+    names: tuple[str, ...]
+    weights: Tensor
+
+    def mixed(self) -> list[dict[str, float]]:
+        """Return for every row the requests whose slots were mixed in."""
+        rows = self.weights.tolist()
+        return [{name: weight for name, weight in zip(self.names, row, strict=True) if weight} for row in rows]
+
+
+Gates = Callable[[Batch], Gated]
+"""Says what forget requests add to a batch."""
 
 
 @dataclass(frozen=True)
@@ -43,26 +59,31 @@ class TextAnswer:
 @dataclass(frozen=True)
 class _Values:
     numbers: Sequence[float]
+    mixed: Mapping[str, float]
 
     def of(self, asked: TextAsked, version: int) -> TextAnswer:
-        return TextAnswer(tuple(self.numbers), Provenance.of(asked.adapter, version, reason=asked.reason))
+        own = Provenance.of(asked.adapter, version, reason=asked.reason)
+        return TextAnswer(tuple(self.numbers), own.beside(self.mixed))
 
 
 class Texts:
     """Answers texts in batches of like length; slots are gathered once a batch into a buffer that is kept.
 
     The slots hold B of every site, and A or the head where the learner's layout has them. Raises ModelError for a
-    learner that is no classifier, or slots of another layout.
+    learner that is no classifier, or slots of another layout. `blank` answers where no adapter is asked for.
     """
 
-    def __init__(self, learner: Learner, warm: WarmSlots, *, rows: int = 32, overlays: Overlays | None = None) -> None:
+    def __init__(
+        self, learner: Learner, warm: WarmSlots, *, rows: int = 32, gates: Gates | None = None,
+        blank: Tensor | None = None,
+    ) -> None:  # fmt: skip
         if not isinstance(learner.task, Classification):
             raise ModelError("task.kind=causal-lm: texts are classified and embedded by an encoder; set classification")
         if warm.layout.digest != learner.layout.digest:
             raise ModelError("the slots have another layout than the model; make them for this model")
-        self.learner, self.task, self.warm, self.overlays = learner, learner.task, warm, overlays
+        self.learner, self.task, self.warm, self.gates = learner, learner.task, warm, gates
         self.labels = learner.labels
-        warm.blank = learner.start().to(warm.data.device)
+        warm.answer_blank(learner.start() if blank is None else blank)
         self._kept = warm.buffer(rows)
 
     @torch.no_grad()
@@ -95,18 +116,22 @@ class Texts:
         return self._kept
 
     def _answers(self, batch: Batch, slots: Tensor, asked: Sequence[TextAsked], *, alone: bool) -> "list[_Values]":
-        logits, features = self._pass(batch, slots, alone=alone)
-        shares, vectors = torch.softmax(logits, dim=1).tolist(), (features / TEMPERATURE**0.5).tolist()
-        both = zip(asked, shares, vectors, strict=True)
-        return [_Values(share if each.kind == "classify" else vector) for each, share, vector in both]
-
-    def _pass(self, batch: Batch, slots: Tensor, *, alone: bool) -> tuple[Tensor, Tensor]:
-        """Return logits and features of one padded batch, with a slot a row, or one for all of them."""
         batch = batch.to(self.learner.device)
-        blocks = self.learner.layout.views(slots[0] if alone else slots)
-        overlay = None if self.overlays is None else self.overlays(batch)
+        gated = None if self.gates is None else self.gates(batch)
+        mixed = [_NOTHING] * len(asked) if gated is None else gated.mixed()
+        logits, features = self._pass(batch, slots, alone=alone, overlay=None if gated is None else gated.overlay)
+        shares, vectors = torch.softmax(logits, dim=1).tolist(), (features / TEMPERATURE**0.5).tolist()
+        rows = zip(asked, shares, vectors, mixed, strict=True)
+        return [_Values(share if each.kind == "classify" else vector, more) for each, share, vector, more in rows]
+
+    def _pass(self, batch: Batch, slots: Tensor, *, alone: bool, overlay: Overlaying | None) -> tuple[Tensor, Tensor]:
+        """Return logits and features of one padded batch, with a slot a row, or one for all of them."""
+        blocks = self.warm.turned.views(slots[0] if alone else slots)
         with self.learner.adapted.bound(blocks, overlay=overlay) as model:
             states = model(input_ids=batch.input_ids, attention_mask=batch.mask).last_hidden_state
         features = pool(states, batch, self.task.pooling)
         weight, bias = blocks.get(("head", "weight")), blocks.get(("head", "bias"))
         return self.task.head.logits(features, weight=weight, bias=bias, sink=None), features
+
+
+_NOTHING: Mapping[str, float] = {}

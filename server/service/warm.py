@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lora.codec import Layout
+from lora.codec import Layout, Turned
 from lora.errors import ConfigError, LetheError, Unknown
 
 
@@ -22,6 +22,15 @@ class Kept:
     versions: tuple[int, ...]
     faults: "dict[str, LetheError]" = field(default_factory=dict)
     """Why a name has no slot, where there is more to say than that it is not there."""
+
+
+@dataclass(frozen=True)
+class Warm:
+    """How many slots are kept in memory, in what numbers, and whose are there to stay."""
+
+    rows: int = 4096
+    dtype: torch.dtype = torch.float32
+    pinned: tuple[str, ...] = ()
 
 
 class Source(Protocol):
@@ -74,7 +83,7 @@ class WarmSlots:
 
     | case | answer |
     |---|---|
-    | None in place of a name | `blank` (zeros, if it is not set), version 0: the base model |
+    | None in place of a name | zeros, or what `answer_blank` was given; version 0: the base model |
     | a name that the source lacks | Unknown, in its place; the other rows are gathered |
     | a name that was written or removed meanwhile | the new slot at the next gather |
     | more names in a batch than rows | those beyond come from the source, none is evicted twice |
@@ -95,8 +104,9 @@ class WarmSlots:
         self.source, self.rows, self.layout = source, rows, source.layout
         self.data = torch.zeros(rows, self.layout.size, dtype=dtype, device=device)
         self.traffic = Traffic()
-        self.blank = torch.zeros(self.layout.size, device=device)
-        """What answers where no adapter is asked for."""
+        self.turned = Turned(self.layout)
+        """How the numbers lie in what `gather` fills: `turned.views` has their blocks."""
+        self._blank = torch.zeros(self.layout.size, device=device)
         self._lock = threading.Lock()
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         self._free: list[int] = [*range(rows - 1, -1, -1)]
@@ -108,6 +118,10 @@ class WarmSlots:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def answer_blank(self, values: Tensor) -> None:
+        """Have `values [size]` answer where no adapter is asked for."""
+        self._blank = self.turned.turned(values).to(self.data.device)
+
     def __contains__(self, name: object) -> bool:
         return name in self._entries
 
@@ -116,7 +130,7 @@ class WarmSlots:
         return torch.zeros(rows, self.layout.size, device=self.data.device)
 
     def gather(self, names: Sequence[str | None], out: Tensor) -> list[int | LetheError]:
-        """Fill `out [>= names, size]` with a slot for every name; returns versions, or why a row has none (`blank`)."""
+        """Fill `out [>= names, size]` with a slot for every name, turned; returns versions, or why a row has none."""
         distinct = [*dict.fromkeys(name for name in names if name is not None)]
         self._check(distinct)
         fetched: dict[str, tuple[Tensor, int] | LetheError] = {}
@@ -136,14 +150,26 @@ class WarmSlots:
 
     def pin(self, name: str) -> None:
         """Keep a name in memory. Raises Unknown for one that is not there, ConfigError where every row is pinned."""
-        with self._lock:
-            if len(self._pinned | {name}) > max(1, self.rows - 1):
-                raise ConfigError(f"{len(self._pinned)} of {self.rows} warm rows are pinned; unpin one, or have more")
-            self._pinned.add(name)
+        self._reserve(name)
         (version,) = self.gather([name], self.buffer(1))
         if isinstance(version, LetheError):
             self.unpin(name)
             raise version
+
+    def hold(self, names: Sequence[str]) -> None:
+        """Pin names that may not be there yet, fetching those that are. Raises ConfigError where rows run out."""
+        there = self.source.versions(names)
+        for name in names:
+            if name in there:
+                self.pin(name)
+            else:
+                self._reserve(name)
+
+    def _reserve(self, name: str) -> None:
+        with self._lock:
+            if len(self._pinned | {name}) > max(1, self.rows - 1):
+                raise ConfigError(f"{len(self._pinned)} of {self.rows} warm rows are pinned; unpin one, or have more")
+            self._pinned.add(name)
 
     def unpin(self, name: str) -> None:
         """Let a name be evicted again."""
@@ -197,9 +223,10 @@ class WarmSlots:
         fetched: dict[str, tuple[Tensor, int] | LetheError] = {}
         for name in names:
             fetched[name] = found.faults.get(name) or missing(name)
+        values = self.turned.turned(found.values)
         with self._lock:
             self._reads.remove(read)
-            for name, value, version in zip(found.names, found.values, found.versions, strict=True):
+            for name, value, version in zip(found.names, values, found.versions, strict=True):
                 fetched[name] = value, version
                 row = self._room(keep) if name in read.names and name not in self._entries else None
                 if row is not None:
@@ -243,7 +270,7 @@ class WarmSlots:
         if isinstance(found, tuple):
             out.copy_(found[0])
             return found[1]
-        out.copy_(self.blank)
+        out.copy_(self._blank)
         return 0 if found is None else found
 
     def _copy(self, rows: Tensor, out: Tensor) -> None:

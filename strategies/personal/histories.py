@@ -210,10 +210,16 @@ class Histories:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        self._file.execute("BEGIN IMMEDIATE")
         try:
+            self._file.execute("BEGIN IMMEDIATE")
             yield
-        except BaseException:
-            self._file.execute("ROLLBACK")
+            self._file.execute("COMMIT")
+        except BaseException as error:
+            # Without room SQLite has rolled back by itself, or is still inside after a COMMIT that failed.
+            if self._file.in_transaction:
+                self._file.execute("ROLLBACK")
+            if isinstance(error, sqlite3.OperationalError):
+                raise RunError(
+                    f"{self.directory}: events cannot be written ({error}); nothing has changed: make room, try again"
+                ) from error
             raise
-        self._file.execute("COMMIT")

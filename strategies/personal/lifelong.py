@@ -6,7 +6,7 @@ slot follow from it, so a user can be brought up to date alone, at any time, and
 
 import hashlib
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -99,6 +99,10 @@ answer to a representation without events |
     def __contains__(self, user: object) -> bool:
         return user in self.histories
 
+    def answers(self, user: str) -> bool:
+        """Return whether a user is known and has a slot: for want of room it may have to follow the first event."""
+        return user in self.histories and user in self.slots
+
     def names(self) -> list[str]:
         """Return all users in alphabetical order."""
         return self.histories.names()
@@ -157,11 +161,12 @@ answer to a representation without events |
             users = dict.fromkeys(row.user for row in rows)
             return Observed({user: self.slots.version(user) for user in users}, new)
 
-    def start(self, log: Interactions) -> Observed:
-        """Take all events of a log over the same catalogue, such as what a model was trained on."""
+    def start(self, log: Interactions, *, among: Callable[[str], bool] = lambda user: True) -> Observed:
+        """Take all events of a log over the same catalogue, such as what a model was trained on; of some users."""
         names = log.catalogue.names
         columns = zip(log.users.tolist(), log.items.tolist(), log.ratings.tolist(), log.times.tolist(), strict=True)
-        return self.observe_many([Event(log.user_names[u], names[i], r, t) for u, i, r, t in columns])
+        rows = [Event(log.user_names[u], names[i], r, t) for u, i, r, t in columns]
+        return self.observe_many([row for row in rows if among(row.user)])
 
     def logits(self, users: Sequence[str | None], items: Ints) -> Floats:
         """Return the log odds that `users[i]` likes `items[i]` now, `[users, c]` for places in the catalogue alike.

@@ -302,13 +302,15 @@ class NamedRows:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        self._index.execute("BEGIN IMMEDIATE")
         try:
+            self._index.execute("BEGIN IMMEDIATE")
             yield
+            self._index.execute("COMMIT")
         except BaseException:
-            self._index.execute("ROLLBACK")
+            # Without room SQLite has rolled back by itself, or is still inside after a COMMIT that failed.
+            if self._index.in_transaction:
+                self._index.execute("ROLLBACK")
             raise
-        self._index.execute("COMMIT")
 
     def _one(self, query: str, *arguments: object) -> Any:
         with self._lock:

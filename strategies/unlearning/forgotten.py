@@ -135,13 +135,14 @@ class Forgotten:
         for rows, batch in self.learner.batches([(tokens, row) for row in range(len(tokens))]):
             here = batch.to(self.learner.device)
             mine = self.weights(here)
-            answers = self.learner.answers(self.values, here, overlay=self._overlay(mine))
+            answers = self.learner.answers(self.values, here, overlay=self.overlay(mine))
             weights[torch.from_numpy(rows)] = mine.cpu()
             if answers.guess is not None:
                 guess[rows] = answers.guess.cpu().numpy()
         return Asked(guess, weights)
 
-    def _overlay(self, weights: Tensor) -> Overlay | None:
+    def overlay(self, weights: Tensor) -> Overlay | None:
+        """Return what requests of these weights `[rows, requests]` add to a batch."""
         slots: Bank | None = None if self.gate is None else self.gate.slots
         return None if slots is None else Overlay.of(slots, Gate.mixture(weights))
 

@@ -70,15 +70,15 @@ def test_a_service_of_a_run_knows_its_users_and_keeps_what_comes(played: Played,
     assert service.users is not None and len(service.users) == 30
     name = service.users.names()[0]
     first = service.recommend(OPERATOR, RecommendAsked(name)).result(60)
-    key = operator_key(service, tmp_path)
-    assert operator_key(service, tmp_path) == key and (tmp_path / KEY_FILE).stat().st_mode & 0o077 == 0
+    key = operator_key(service.keys, tmp_path)
+    assert operator_key(service.keys, tmp_path) == key and (tmp_path / KEY_FILE).stat().st_mode & 0o077 == 0
     service.forget(service.keys.caller(key), service.users.names()[1])
     service.close()
     again = open_service(played.run, place, say=print)
     assert again.users is not None and len(again.users) == 29
     assert again.recommend(OPERATOR, RecommendAsked(name)).result(60) == first
     again.keys.revoke(again.keys.caller(key).key)
-    assert operator_key(again, tmp_path) != key
+    assert operator_key(again.keys, tmp_path) != key
     again.close()
 
 

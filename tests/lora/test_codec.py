@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lora.codec import Entry, Layout, Part
+from lora.codec import Entry, Layout, Part, Turned
 from lora.errors import WrongUpdate
 
 PARTS: tuple[Part, ...] = ("A", "B", "head")
@@ -123,3 +123,14 @@ def test_a_layout_that_breaks_its_own_rules_is_refused() -> None:
         Layout((Entry("A", "x", (1,)), Entry("B", "x", (1,)), Entry("A", "y", (1,))))
     with pytest.raises(ValueError, match="every block once"):
         Layout((Entry("B", "x", (1,)), Entry("B", "x", (2,))))
+
+
+def test_turned_numbers_have_the_same_blocks_with_b_as_it_is_read() -> None:
+    layout = Layout(
+        (Entry("A", "x", (2, 5)), Entry("B", "x", (3, 2)), Entry("B", "y", (4, 2)), Entry("head", "w", (2,)))
+    )
+    flat, turned = torch.arange(3.0 * layout.size).view(3, -1), Turned(layout)
+    for some in (flat, flat[1], flat[:0]):
+        found, wanted = turned.views(turned.turned(some)), layout.views(some)
+        assert found.keys() == wanted.keys() and all(found[key].equal(wanted[key]) for key in wanted)
+        assert all(found["B", name].mT.is_contiguous() for name in "xy") or some.dim() > 1

@@ -192,8 +192,16 @@ def text_encoder() -> Encoder:
 
 
 @pytest.fixture
-def site(personal: Personalized, log: Interactions, text_encoder: Encoder, tmp_path: Path) -> Iterator[Site]:
-    registry = Registry(None, tmp_path / "registry")
+def site_url() -> str | None:
+    """Of the site's registry; modules that say so are played over both databases."""
+    return None
+
+
+@pytest.fixture
+def site(
+    personal: Personalized, log: Interactions, text_encoder: Encoder, tmp_path: Path, site_url: str | None
+) -> Iterator[Site]:
+    registry = Registry(site_url, tmp_path / "registry")
     users = LifelongUsers(personal, log, directory=tmp_path / "users")
     users.start(log)
     service = Service(

@@ -26,6 +26,12 @@ from tests.server.service.site import NEXT, Site, good, problem
 # --- Users -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def site_url(registry_url: str | None) -> str | None:
+    """Everything here is the same over SQLite and PostgreSQL."""
+    return registry_url
+
+
 def test_events_move_a_users_recommendations(site: Site) -> None:
     path = "/v1/users/user-003/recommendations"
     before = site.get(path, who="user-003", params={"count": 5})

@@ -14,6 +14,12 @@ from tests.server.service.site import NEXT, Site, good, problem
 # --- Who may what ----------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def site_url(registry_url: str | None) -> str | None:
+    """Everything here is the same over SQLite and PostgreSQL."""
+    return registry_url
+
+
 KEYS = [None, "Bearer", "Bearer ", "Bearer wrong", "Basic eDp5", "Bearer lethe_ключ", "x" * 9000]
 
 

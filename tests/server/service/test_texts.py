@@ -17,7 +17,7 @@ from lora.overlay import Overlay
 from lora.peft_files import export_adapter
 from server.service.answers import BASE, OWN
 from server.service.sources import BankSource
-from server.service.texts import TextAnswer, TextAsked, Texts
+from server.service.texts import Gated, TextAnswer, TextAsked, Texts
 from server.service.warm import WarmSlots
 from strategies.personal.slots import UserSlots
 from tasks.config import ModelConfig, TaskConfig
@@ -113,13 +113,16 @@ def test_what_requests_to_forget_add_reaches_their_rows_only(encoder: Encoder) -
     asked = [TextAsked("user-1", "plain text"), TextAsked("user-1", "text with A")]
     letter = encoder.learner.base.tokenizer("A")["input_ids"][-1]
 
-    def overlays(batch: Batch) -> Overlay | None:
-        return Overlay.of(requests, Gate.mixture(batch.input_ids.eq(letter).any(1, keepdim=True).float()))
+    def gates(batch: Batch) -> Gated:
+        weights = batch.input_ids.eq(letter).any(1, keepdim=True).float()
+        return Gated(Overlay.of(requests, Gate.mixture(weights)), ("a-request",), weights)
 
-    gated = texts(encoder, overlays=overlays)(asked)
+    gated = texts(encoder, gates=gates)(asked)
     plain = texts(encoder)(asked)
     assert values(gated[0]).equal(values(plain[0]))
     assert (values(gated[1]) - values(plain[1])).abs().max() > 1e-4
+    told = [each.provenance.gate for each in gated if isinstance(each, TextAnswer)]
+    assert told == [{"user-1": 1.0}, {"user-1": 1.0, "a-request": 1.0}]
 
 
 def test_a_model_that_writes_or_slots_of_another_layout_are_refused(encoder: Encoder) -> None:

@@ -59,6 +59,20 @@ def test_what_was_asked_for_lately_stays_and_what_is_pinned_stays_longer() -> No
     assert "user-0" not in warm and "user-1" in warm
 
 
+def test_what_is_held_before_it_is_there_stays_from_its_first_use_on() -> None:
+    bank = slots()
+    warm = WarmSlots(BankSource(bank), rows=3)
+    warm.hold(["user-0", "late"])
+    assert "user-0" in warm and "late" not in warm
+    bank.add(["late"], torch.full((6,), 9.0))
+    assert gathered(warm, "late")[0] == [9]
+    for name in NAMES[1:5]:
+        gathered(warm, name)
+    assert "late" in warm and "user-0" in warm
+    with pytest.raises(ConfigError, match="2 of 3 warm rows are pinned"):
+        warm.hold(["nobody"])
+
+
 def test_a_batch_of_more_users_than_rows_is_right_too() -> None:
     warm = WarmSlots(BankSource(slots()), rows=2)
     assert gathered(warm, *NAMES)[0] == list(range(8))
