@@ -69,7 +69,7 @@ RATES = {
     "EWC": 3e-4,
 }
 """Of the course on texts."""
-FEW = {"prototype_forget": 3.0, "prototype_retain": 0.0}
+FEW = {"bound": 3.0, "forget_weight": 0.5, "prototype_forget": 3.0, "prototype_retain": 0.0}
 MISSING = {"prototype_forget": 1.0, "prototype_retain": 3.0}
 HEADING = ("course", "method", "request", "Acc_r", "Acc_f", "Acc_o", "Acc_m", "H", "utility loss", "blocks", "CPU s")
 
