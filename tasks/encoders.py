@@ -114,12 +114,13 @@ class TextEncoder:
             states = self.base.model(input_ids=inputs.input_ids, attention_mask=mask).last_hidden_state
             return pool(states, inputs, self.pooling)
         # Looked up once: where the embeddings train, every look-up's gradient is as large as all of them.
-        embedded = self.base.model.get_input_embeddings()(inputs.input_ids)
+        model: Any = self.base.model
+        embedded = model.get_input_embeddings()(inputs.input_ids)
         found = []
         for places in parts:
             rows = torch.from_numpy(places).to(mask.device)
             part = _cut(inputs, mask, rows)
-            states = self.base.model(
+            states = model(
                 inputs_embeds=embedded[rows, : part.input_ids.shape[1]], attention_mask=part.mask
             ).last_hidden_state
             found.append(pool(states, part, self.pooling))
