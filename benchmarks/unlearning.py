@@ -2,8 +2,9 @@
 
     python -m benchmarks.unlearning [--texts FOLDER] [--images FILE.npz] [--cache FOLDER] [--seeds 1]
         [--courses texts few-shot missing] [--methods GS-LoRA SCRUB ...] [--requests 5] [--on test]
-        [--base-rows 100] [--epochs 4] [--forget 20] [--replay 4] [--asked N] [--retrained 0] [--attacks]
-        [--set rate=1e-3 ...] [--own "GS-LoRA++:prototype_forget=3" SCRUB:rate=1e-4 ...] [--factors 0.3 1 3]
+        [--base-rows 30] [--epochs 1] [--batch 16] [--forget 20] [--replay 6] [--asked N] [--retrained 0]
+        [--attack-seeds 0] [--set rate=1e-3 ...] [--own "GS-LoRA++:prototype_forget=3" SCRUB:rate=1e-4 ...]
+        [--factors 0.3 1 3] [--search 1] [--one-classifier]
 
 - texts: MiniLM on CLINC150 (a folder with data_full.json.gz and domains.json.gz); the domains work, travel, home and
   banking are forgotten, then single intents.
@@ -12,10 +13,10 @@
   row.
 
 Every method gets the same rows and the same number of steps. `--on validation` is for choosing settings.
-`--retrained N` trains N classifiers without the requests' rows on all the others: seconds against those of a request,
-and what LiRA compares with. `--attacks` probes the last classifier. `--set` changes settings of every GS-LoRA, `--own`
-those of one method. `--factors` tries so many times every method's own rate, with seed 0 and the first request, and
-keeps the one with the best H on validation rows.
+`--attack-seeds N` attacks the last classifier of the first N seeds; `--retrained N` trains N classifiers for each of
+them, without the requests' rows on all the others: seconds against those of a request, and what LiRA compares with.
+`--set` changes settings of every GS-LoRA, `--own` those of one method. `--factors` tries so many times every method's
+own rate, with seed 0 and the first `--search` requests, and keeps the one with the best H on validation rows.
 """
 
 import argparse
@@ -31,7 +32,7 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 
-from benchmarks.measure import publish, settings
+from benchmarks.measure import RESULTS, publish, settings
 from lora.errors import DataError, LetheError, nearest
 from strategies.unlearning.attacks import (
     RelearningConfig,
@@ -57,6 +58,19 @@ from tasks.vision import VitConfig
 
 DOMAINS = ("work", "travel", "home", "banking")
 COURSES = ("texts", "few-shot", "missing")
+NUMBERS = {"seeds": 1, "requests": 6, "base-rows": 30, "epochs": 1, "batch": 16, "forget": 20, "replay": 6,
+           "retrained": 0, "attack-seeds": 0, "search": 1}  # fmt: skip
+RATES = {
+    "gradient ascent": 6e-5,
+    "gradient difference": 1e-4,
+    "NPO": 3e-4,
+    "random labels": 3e-4,
+    "SCRUB": 3e-4,
+    "EWC": 3e-4,
+}
+"""Of the course on texts."""
+FEW = {"bound": 3.0, "forget_weight": 0.5, "prototype_forget": 3.0, "prototype_retain": 0.0}
+MISSING = {"prototype_forget": 1.0, "prototype_retain": 3.0}
 HEADING = ("course", "method", "request", "Acc_r", "Acc_f", "Acc_o", "Acc_m", "H", "utility loss", "blocks", "CPU s")
 
 
@@ -77,6 +91,8 @@ class Course:
     gs: GsLoraConfig
     plus: Mapping[str, object]
     """What GS-LoRA++ has otherwise than GS-LoRA, beside prototypes."""
+    rates: Mapping[str, float] = field(default_factory=dict)
+    """Rates of baselines, where validation chose others than they start from."""
 
 
 @dataclass
@@ -116,11 +132,12 @@ def texts(chosen: argparse.Namespace) -> Course:
         _at_most(splits.validation, chosen.asked, classes=len(names)),
         (*whole, *single)[: chosen.requests],
         SampleConfig(forget=chosen.forget, replay=chosen.replay),
-        BudgetConfig(epochs=chosen.epochs),
+        BudgetConfig(epochs=chosen.epochs, batch=chosen.batch),
         FitConfig(rate=2e-4, head_rate=2e-2),
         len(names),
-        GsLoraConfig(),
+        GsLoraConfig(rate=1.2e-2, bound=1.3),
         {},
+        RATES,
     )
 
 
@@ -144,8 +161,8 @@ def images(chosen: argparse.Namespace, name: str) -> Course:
         BudgetConfig(epochs=60, batch=8) if few else BudgetConfig(epochs=8, batch=32),
         FitConfig(epochs=6 if chosen.images else 25, batch=64, rate=2e-3, head_rate=2e-3),
         classes,
-        GsLoraConfig(rate=4e-3),
-        {"prototype_forget": 3.0, "prototype_retain": 0.0} if few else {},
+        GsLoraConfig(rate=4e-3, sparsity=0.02, forget_weight=1.0) if few else GsLoraConfig(rate=4e-3),
+        FEW if few else MISSING,
     )
 
 
@@ -191,7 +208,7 @@ def method(
         raise DataError(f"no method is called '{name}'{nearest(name, NAMES)}")
     if set(own) - {"rate"}:
         raise DataError(f"{name} has no setting '{min(set(own) - {'rate'})}' here; only rate")
-    usual_rate = FitConfig().rate if name == "retrain" else OBJECTIVES[name][1]
+    usual_rate = course.rates.get(name, FitConfig().rate if name == "retrain" else OBJECTIVES[name][1])
     return baseline(name, rate=float(own.get("rate", usual_rate)) * factor)
 
 
@@ -206,12 +223,12 @@ def own_of(entries: Sequence[str]) -> Own:
 
 
 def searched(course: Course, chosen: argparse.Namespace, names: Sequence[str]) -> dict[str, float]:
-    """Return for every method the factor of its rate with the best H after one request, on validation rows, seed 0."""
+    """Return for every method the factor of its rate with the best H on validation rows, seed 0."""
     if not chosen.factors:
         return dict.fromkeys(names, 1.0)
     settled, own = dict(each.partition("=")[::2] for each in chosen.set), own_of(chosen.own)
     classifier = trained(course, seed=0, cache=chosen.cache and Path(chosen.cache))
-    stream = asked(course, classifier, seed=0)[:1]
+    stream = asked(course, classifier, seed=0)[: chosen.search]
     best = {}
     for name in names:
         tried = {}
@@ -246,9 +263,12 @@ def measured(course: Course, chosen: argparse.Namespace, lines: list[list[str]])
              for name, factor in factors.items()}  # fmt: skip
     found = {name: Found() for name in known}
     for seed in range(chosen.seeds):
-        classifier = trained(course, seed=seed, cache=chosen.cache and Path(chosen.cache))
+        first = 0 if chosen.one_classifier else seed
+        classifier = trained(course, seed=first, cache=chosen.cache and Path(chosen.cache))
         stream = asked(course, classifier, seed=seed)
-        gold = retrained(course, stream, count=chosen.retrained, seed=seed, lines=lines)
+        attacking = seed < chosen.attack_seeds
+        before = Answers.of(classifier, course.unseen)
+        gold = retrained(course, stream, count=chosen.retrained if attacking else 0, seed=seed, lines=lines)
         for name, each in found.items():
             report = run(
                 classifier,
@@ -258,11 +278,12 @@ def measured(course: Course, chosen: argparse.Namespace, lines: list[list[str]])
                 budget=course.budget,
                 seed=seed,
                 missing=course.sample.missing,
+                before=before,
                 on_moment=lambda moment, name=name: lines.append(_told(course, name, moment)),  # type: ignore[misc]
             )
             each.reports.append(report)
             print("\n".join(f"{name}: {line}" for line in report.lines), flush=True)
-            if chosen.attacks:
+            if attacking:
                 each.attacks.append(attacked(course, report.moments[-1].outcome.model, stream, gold))
                 print(f"{name}: {each.attacks[-1]}", flush=True)
     return found
@@ -320,26 +341,62 @@ def attacked(
     return found
 
 
-def figures(found: Mapping[str, Mapping[str, Found]], lines: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Return what the results file holds; a figure whose course or method was left out is not there."""
+def figures(
+    found: Mapping[str, Mapping[str, Found]], lines: Sequence[Sequence[str]], earlier: Mapping[str, float]
+) -> dict[str, float]:
+    """Return what the results file holds; a figure whose course or method was left out is not there.
+
+    `earlier` are the file's figures: the best baseline may have been measured by another command.
+    """
     made: dict[str, float] = {}
-    ours = ("GS-LoRA", "GS-LoRA++", "plain LoRA", "GS-LoRA subgradient", "retrain")
     for course, methods_of in found.items():
         key = course.replace("-", "_")
-        made |= {f"h_{key}_{_key(name)}": each.h for name, each in methods_of.items()}
-        rivals = [each.h for name, each in methods_of.items() if name not in ours]
+        for name, each in methods_of.items():
+            made |= {f"{what}_{key}_{_key(name)}": value for what, value in of_method(each).items()}
+        known = {**earlier, **made}
+        rivals = [known[f"h_{key}_{_key(name)}"] for name in OBJECTIVES if f"h_{key}_{_key(name)}" in known]
         if rivals:
             made[f"h_best_baseline_{key}"] = max(rivals)
     gs = found.get("texts", {}).get("GS-LoRA")
-    if gs is not None:
-        made["h_gs_lora"] = gs.h
-        made["gs_forget_acc_end_max"] = max(report.worst_forget_accuracy for report in gs.reports)
-        made["gs_utility_loss_points"] = max(report.worst_utility_loss for report in gs.reports)
-        whole = [float(line[-1]) for line in lines if line[:2] == ["texts", "retrained whole"]]
-        if whole:
-            made["retrain_over_request_s"] = statistics.fmean(whole) / gs.seconds
-    renamed = {"h_gs_lora_pp_fewshot": "h_few_shot_gs_lorapp", "h_best_baseline": "h_best_baseline_texts"}
+    whole = [float(line[-1]) for line in lines if line[:2] == ["texts", "retrained whole"]]
+    if gs is not None and whole:
+        made["retrain_over_request_s"] = statistics.fmean(whole) / gs.seconds
+    renamed = {
+        "h_gs_lora": "h_texts_gs_lora",
+        "h_gs_lora_pp_fewshot": "h_few_shot_gs_lorapp",
+        "h_best_baseline": "h_best_baseline_texts",
+        "gs_forget_acc_end_max": "forget_acc_end_max_texts_gs_lora",
+        "gs_utility_loss_points": "utility_loss_points_texts_gs_lora",
+    }
     return made | {name: made[source] for name, source in renamed.items() if source in made}
+
+
+def of_method(found: Found) -> dict[str, float]:
+    """Return one method's figures on one course: means over seeds and requests, but for `_max` and the worst loss."""
+    moments = [moment for report in found.reports for moment in report.moments]
+    stands = [moment.standing for moment in moments]
+    each = [report.mean_h for report in found.reports]
+    made = {
+        "h": found.h,
+        "h_sd": statistics.stdev(each) if len(each) > 1 else 0.0,
+        "acc_r": statistics.fmean(stand.acc_r for stand in stands),
+        "acc_f": statistics.fmean(stand.acc_f for stand in stands),
+        "acc_o": float(np.nanmean([stand.acc_o for stand in stands])) if len(stands) > len(each) else float("nan"),
+        "acc_m": float(np.mean([stand.acc_m for stand in stands])),
+        "forget_acc_end_max": max(report.worst_forget_accuracy for report in found.reports),
+        "utility_loss_points": max(report.worst_utility_loss for report in found.reports),
+        "request_s": found.seconds,
+    }
+    last = [moment.outcome.trace[-1] for moment in moments if moment.outcome.trace]
+    if last and "at_bound" in last[0]:
+        made["at_bound"] = statistics.fmean(trace["at_bound"] for trace in last)
+    carried = [moment.outcome.blocks for moment in moments if moment.outcome.blocks is not None]
+    if carried:
+        made["blocks"] = statistics.fmean(len(blocks.selected) for blocks in carried)
+        made["update_norm"] = statistics.fmean(sum(blocks.updates[-1].values()) for blocks in carried)
+    for name in found.attacks[0] if found.attacks else ():
+        made[name] = statistics.fmean(attack[name] for attack in found.attacks)
+    return {name: value for name, value in made.items() if np.isfinite(value)}
 
 
 def _key(name: str) -> str:
@@ -360,9 +417,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--factors", nargs="+", type=float, default=[], help="times every method's rate, to choose from"
     )
     parser.add_argument("--on", choices=("test", "validation"), default="test", help="what accuracy is measured on")
-    parser.add_argument("--attacks", action="store_true", help="probe, relearn and infer membership at the end")
-    numbers = {"seeds": 1, "requests": 6, "base-rows": 100, "epochs": 4, "forget": 20, "replay": 4, "retrained": 0}
-    for name, usual in numbers.items():
+    parser.add_argument(
+        "--one-classifier", action="store_true", help="all seeds forget from one; they draw rows, adapters and batches"
+    )
+    for name, usual in NUMBERS.items():
         parser.add_argument(f"--{name}", type=int, default=usual)
     parser.add_argument("--asked", type=int, help="rows of every class that accuracy is measured on; default: all")
     chosen = parser.parse_args(arguments)
@@ -377,7 +435,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (LetheError, ValidationError) as error:
         raise SystemExit(f"error: {error}") from None
     about = {key: value for key, value in vars(chosen).items() if key not in ("texts", "images", "cache")}
-    publish("unlearning", figures=figures(found, lines), rows=lines, about=settings(**about), part=" ".join(found))
+    part = " ".join(found) + (f": {', '.join(chosen.methods)}" if chosen.methods else "")
+    path = RESULTS / "unlearning.json"
+    earlier = json.loads(path.read_text())["figures"] if path.exists() else {}
+    publish("unlearning", figures=figures(found, lines, earlier), rows=lines, about=settings(**about), part=part)
 
 
 if __name__ == "__main__":

@@ -107,13 +107,34 @@ class TextEncoder:
         return batch.to(self.base.placement.device)
 
     def features(self, inputs: Any) -> Tensor:
-        """Encode and pool."""
-        states = self.base.model(input_ids=inputs.input_ids, attention_mask=inputs.mask).last_hidden_state
-        return pool(states, inputs, self.pooling)
+        """Encode and pool, rows of like length together: half of a mixed batch of queries would be padding."""
+        mask = inputs.mask
+        parts = [] if mask is None else buckets(mask.sum(1).cpu().numpy(), overhead=PASS_OVERHEAD, budget=TOKENS_A_PASS)
+        if mask is None or len(parts) == 1:
+            states = self.base.model(input_ids=inputs.input_ids, attention_mask=mask).last_hidden_state
+            return pool(states, inputs, self.pooling)
+        # Looked up once: where the embeddings train, every look-up's gradient is as large as all of them.
+        model: Any = self.base.model
+        embedded = model.get_input_embeddings()(inputs.input_ids)
+        found = []
+        for places in parts:
+            rows = torch.from_numpy(places).to(mask.device)
+            part = _cut(inputs, mask, rows)
+            states = model(
+                inputs_embeds=embedded[rows, : part.input_ids.shape[1]], attention_mask=part.mask
+            ).last_hidden_state
+            found.append(pool(states, part, self.pooling))
+        return torch.cat(found)[torch.from_numpy(np.argsort(np.concatenate(parts))).to(mask.device)]
 
     def copied(self) -> "TextEncoder":
         """Return an encoder with weights of its own; the tokenizer is shared."""
         return replace(self, base=replace(self.base, model=copy.deepcopy(self.base.model)))
+
+
+def _cut(inputs: Batch, mask: Tensor, rows: Tensor) -> Batch:
+    """Return some rows of a batch that is padded on the right, no longer than the longest of them."""
+    longest = int(mask[rows].sum(1).max())
+    return Batch(inputs.input_ids[rows, :longest], mask[rows, :longest], inputs.labels[rows])
 
 
 @dataclass(frozen=True)

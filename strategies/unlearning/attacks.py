@@ -123,7 +123,7 @@ def relearn(
     wanted = set(labels_of(unseen).tolist())
     curve = [(0, Answers.of(student, unseen).accuracy(wanted))]
     drawn = recycled(len(rows), config.batch, rng=np.random.default_rng(seed))
-    optimizer = torch.optim.AdamW(student.parameters(), lr=config.rate)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=config.rate, fused=True)
     while curve[-1][1] < target and curve[-1][0] < config.steps:
         student.training(dropout=False)
         taken = min(config.every, config.steps - curve[-1][0])

@@ -143,7 +143,7 @@ class ElasticWeights:
     """
 
     strength = 100.0
-    rows = 64
+    rows = 32
     """Most retained rows of the Fisher information."""
 
     def __init__(self, before: Classifier, request: ClassRequest, seed: int) -> None:
@@ -159,7 +159,7 @@ class ElasticWeights:
             found = torch.autograd.grad(loss, before.parameters(), allow_unused=True)
             for total, gradient in zip(self.fisher, found, strict=True):
                 if gradient is not None:
-                    total.add_(gradient.square() / len(chosen))
+                    total.addcmul_(gradient, gradient, value=1 / len(chosen))
         before.evaluating()
 
     def losses(self, drawn: Drawn) -> Iterator[Tensor]:
@@ -190,7 +190,8 @@ class Tuned:
         total = request.steps(budget)
         traced = Tracing(passes(len(request.retain), budget.batch))
         student.training(dropout=False)
-        optimizer = torch.optim.AdamW(student.parameters(), lr=self.rate, weight_decay=self.weight_decay)
+        weights = student.parameters()
+        optimizer = torch.optim.AdamW(weights, lr=self.rate, weight_decay=self.weight_decay, fused=True)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda now: cosine(now, total))
         for number, (forget, retain) in enumerate(_steps(student, request, budget, seed=seed)):
             found = []

@@ -176,7 +176,7 @@ def fit(classifier: Classifier, rows: Rows, config: FitConfig, *, seed: int, ste
         {"params": list(classifier.encoder.module.parameters()), "lr": config.rate},
         {"params": list(classifier.head.parameters()), "lr": config.head_rate},
     ]
-    optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _triangle(step, total))
     drawn = recycled(len(rows), config.batch, rng=np.random.default_rng(seed))
     classifier.training(dropout=True)

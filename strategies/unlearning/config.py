@@ -57,8 +57,9 @@ class GsLoraConfig(Section):
     warmup: float = Field(0.3, ge=0, le=1)
     """Share of the steps without the group lasso: held down from the first step, nothing would be forgotten."""
     wait: float = Field(0.5, ge=0, le=1)
-    """The group lasso starts no sooner than this share of a pass's forgotten rows is at the bound; 0: by steps alone,
-    as the papers do. A short request would otherwise be held at zero before it has forgotten anything."""
+    """The group lasso starts no sooner than this share of the last steps' forgotten rows is at the bound (8 steps, or
+    a pass if it has fewer); 0: by steps alone, as the papers do. A short request would otherwise be held at zero before
+    it has forgotten anything."""
     structure: Literal["proximal", "subgradient"] = "proximal"
     """A proximal step sets whole groups to exactly zero; the papers' subgradient never does."""
     group: Literal["block", "adapter", "matrix"] = "block"

@@ -10,6 +10,7 @@ proximal step and waits until rows are forgotten, and there is no moving average
 
 import math
 import time
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -29,6 +30,9 @@ from strategies.unlearning.config import BudgetConfig, GsLoraConfig
 from strategies.unlearning.group_lasso import ProximalGroups, grouped, norm, penalty, update_norms
 from strategies.unlearning.prototypes import Prototypes
 from tasks.encoders import Rows
+
+RECENT = 8
+"""Most steps that `wait` looks back over; fewer where a pass has fewer."""
 
 Factors = dict[tuple[Part, str], nn.Parameter]
 
@@ -128,6 +132,7 @@ class _Training:
         self.proximal = ProximalGroups(self.groups, self.optimizer)
         self.traced = Tracing(passes(len(request.retain), budget.batch))
         self.started = False
+        self.reached: deque[float] = deque(maxlen=min(self.traced.every, RECENT))
         self.factor_norms: list[Mapping[str, float]] = []
         self.updates: list[Mapping[str, float]] = []
 
@@ -151,13 +156,14 @@ class _Training:
             if self.config.structure == "proximal":
                 self.proximal.step(weight)
             schedule.step()
+            self.reached.append(float(parts["at_bound"]))
             if self.traced.add(**{name: float(value.detach()) for name, value in parts.items()}):
                 self._note()
 
     def _sparsity(self, number: int) -> float:
         """Return the weight of the group lasso at a step; once started it stays."""
-        trace = self.traced.trace
-        reached = self.config.wait == 0 or bool(trace and trace[-1]["at_bound"] >= self.config.wait)
+        full = len(self.reached) == self.reached.maxlen
+        reached = self.config.wait == 0 or (full and float(np.mean(self.reached)) >= self.config.wait)
         self.started = self.started or (number >= self.config.warmup * self.total and reached)
         return self.config.sparsity if self.started else 0.0
 

@@ -133,15 +133,17 @@ def run(
     budget: BudgetConfig,
     seed: int,
     missing: Collection[int] = (),
+    before: Answers | None = None,
     on_moment: Callable[[Moment], None] | None = None,
 ) -> Report:
     """Answer all requests in order with one method and measure every one of them after each.
 
     Each starts from the classifier that the one before has left. `unseen` are rows of all classes that nothing was
-    trained on: test rows for a report, validation rows to choose settings.
+    trained on: test rows for a report, validation rows to choose settings; `before` is what the given classifier
+    answers to them, where that is known.
     """
     unseen = classifier.encoder.prepared(unseen)
-    before = Answers.of(classifier, unseen)
+    before = before or Answers.of(classifier, unseen)
     moments: list[Moment] = []
     for number, request in enumerate(asked, start=1):
         outcome = method.forget(classifier, request, budget, seed=seed + number)

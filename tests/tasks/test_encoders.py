@@ -44,6 +44,27 @@ def test_texts_become_pooled_states_and_padding_changes_nothing() -> None:
     assert encoder.prepared(tokens) is tokens
 
 
+def test_rows_of_like_length_are_encoded_together_with_equal_features_and_gradients() -> None:
+    encoder = text()
+    texts = Examples((*TEXTS.texts, "x", "many " * 40, "y", "a longer one " * 12), (0, 1, 1, 0, 1, 0, 1))
+    batch = encoder.gathered(encoder.prepared(texts), np.arange(len(texts)))
+    calls = []
+    hook = encoder.module.register_forward_pre_hook(lambda *_: calls.append(1))
+    weights = list(encoder.module.requires_grad_(True).parameters())
+    apart = encoder.features(batch)
+    hook.remove()
+    assert len(calls) > 1
+    states = encoder.base.model(input_ids=batch.input_ids, attention_mask=batch.mask).last_hidden_state
+    whole_batch = pool(states, batch, "mean")
+    torch.testing.assert_close(apart, whole_batch, rtol=1e-4, atol=1e-5)
+    found = (torch.autograd.grad(each.square().mul(0.5 + each.detach()).sum(), weights, allow_unused=True)
+             for each in (apart, whole_batch))  # fmt: skip
+    for one, other in zip(*found, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
 @torch.no_grad()
 def test_images_become_their_class_token() -> None:
     images = builtin_images(train=300, validation=10, test=10, side=8).train

@@ -137,7 +137,8 @@ def test_scrub_goes_away_from_the_teacher_first_and_then_stays_near(toy: Any) ->
     assert only(made.losses(drawn(toy, request, student=student, progress=0.9))) == pytest.approx(near)
 
 
-def test_ewc_anchors_by_the_squared_gradient_of_every_row(toy: Any) -> None:
+def test_ewc_anchors_by_the_squared_gradient_of_every_row(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ElasticWeights, "rows", 64)
     request = toy.request(8, rows=7)
     student = toy.classifier.copied()
     made = ElasticWeights(student, request, 0)
