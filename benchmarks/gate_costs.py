@@ -1,6 +1,7 @@
 """What the gates of forget requests cost at inference: none, 1, 10 and 100 requests, in a pass of their own and not.
 
     python -m benchmarks.gate_costs --data FOLDER [--cache FOLDER] [--requests 1 10 100] [--hits 4] [--rounds 40]
+        [--on test]
 
 FOLDER holds `data_full.json.gz` and `domains.json.gz` of CLINC150. The model is that of `benchmarks.gated`; a request
 is one intent, its detector made of the intent's training queries, its slot of rank 8 filled with random numbers (they
@@ -9,10 +10,11 @@ nobody asked to forget; it is the same for every number of requests, so that onl
 
 - none: the model with the users' slot, no gate. separate: features of a pass of the frozen encoder (MiniLM), then the
   model's pass with slots of all its layers. same pass: detectors read layer `--layer` of the model's own pass,
-  slots are in the layers above.
+  slots are in the layers above. second look: detectors read the last layer of the model's own pass, and the rows that
+  are caught are answered anew with slots of all layers.
 - Times are CPU seconds of one thread, the variants in turn, the order rotated; ratios are medians of rounds.
-- AUROC: each of the domains work, travel, home and banking against all other test queries and the out-of-scope ones,
-  by the separate pass and by the same one; nothing is chosen by it.
+- AUROC: each of the domains work, travel, home and banking against all other queries and the out-of-scope ones (of
+  `--on`), by each way; nothing is chosen by it.
 - bytes: statistics and slot of one request, in memory.
 """
 
@@ -33,9 +35,11 @@ from benchmarks.measure import interleaved, paired_ratio, publish, settings
 from lora.bank import Bank
 from lora.errors import LetheError
 from strategies.unlearning.audited_request import AuditedRequest
-from strategies.unlearning.detector import Detector, Detectors, DetectorSettings, detector_of, request_features
+from strategies.unlearning.config import ForgettingConfig
+from strategies.unlearning.detector import Detector, Detectors, detector_of, request_features
 from strategies.unlearning.encoder import SharedEncoder
-from strategies.unlearning.gate import ForgettingGate, GatedLearner, SamePass
+from strategies.unlearning.forgotten import detector_settings
+from strategies.unlearning.gate import ForgettingGate, GatedLearner, SamePass, SecondLook
 from strategies.unlearning.o3 import slot_layout
 from tasks.tokens import Batch, Tokens, collate
 
@@ -51,28 +55,47 @@ class Pass(NamedTuple):
     detectors: list[Detector]
 
 
-def detector(world: World, encoder: SharedEncoder, labels: Sequence[int]) -> Detector:
-    """Make the detector of a request for some intents."""
+class Seen(NamedTuple):
+    """Features of a request's used and held-back rows, and the classes of the used ones."""
+
+    used: Tensor
+    held_back: Tensor
+    classes: Tensor
+
+
+def seen(world: World, encoder: SharedEncoder, labels: Sequence[int]) -> Seen:
+    """Take the features of a request for some intents."""
     request = AuditedRequest(taken(world.corpus.train, world.corpus.rows(labels)), seed=world.seed)
     tokens = request.tokens(world.learner.task)
     used, held_back = (
         request_features(encoder, request, tokens, rows, size=128) for rows in (request.used, request.held_back)
     )
-    classes = torch.from_numpy(np.asarray(tokens.labels)[request.used])
-    return detector_of(used, classes, held_back, encoder=encoder, settings=DetectorSettings())
+    return Seen(used, held_back, torch.from_numpy(np.asarray(tokens.labels)[request.used]))
+
+
+def detector(each: Seen, encoder: SharedEncoder, place: int) -> Detector:
+    """Make a detector of the features of one layer, as a forgetting store does."""
+    columns = (each.used[:, place : place + 1], each.classes, each.held_back[:, place : place + 1])
+    return detector_of(*columns, encoder=encoder, settings=detector_settings(ForgettingConfig()))
 
 
 def passes(world: World, requests: Sequence[tuple[int, ...]], *, layer: int) -> dict[str, Pass]:
-    """Make both ways."""
+    """Make all ways; the two that read the model's own pass share the features of their requests."""
     learner = world.learner
+    whole = tuple(range(len(learner.adapted.sites)))
     above = tuple(place for place, site in enumerate(learner.adapted.sites) if _block(site.name) >= layer)
-    factors = learner.layout.views(world.model)
-    found = {
-        "separate": (world.encoder, tuple(range(len(learner.adapted.sites)))),
-        "same pass": (SharedEncoder(learner.adapted, layers=(layer,), factors=factors, pad=learner.pad), above),
-    }
-    return {way: Pass(encoder, sites, [detector(world, encoder, labels) for labels in requests])
-            for way, (encoder, sites) in found.items()}  # fmt: skip
+    factors, last = learner.layout.views(world.model), 1 + max(_block(site.name) for site in learner.adapted.sites)
+    wide = SharedEncoder(learner.adapted, layers=(layer, last), factors=factors, pad=learner.pad)
+    own = [seen(world, wide, labels) for labels in requests]
+    apart = [seen(world, world.encoder, labels) for labels in requests]
+    found = {}
+    for way, rows, place, encoder, sites in (
+        ("separate", apart, 0, world.encoder, whole),
+        ("same pass", own, 0, replace(wide, layers=(layer,)), above),
+        ("second look", own, 1, replace(wide, layers=(last,)), whole),
+    ):
+        found[way] = Pass(encoder, sites, [detector(each, encoder, place) for each in rows])
+    return found
 
 
 def _block(name: str) -> int:
@@ -124,15 +147,15 @@ def chosen_rows(world: World, ways: Mapping[str, Pass], *, hits: int) -> list[in
 
 def variants(
     world: World, ways: Mapping[str, Pass], counts: Sequence[int], batch: Batch
-) -> tuple[dict[str, Callable[[], None]], list[SamePass]]:
+) -> tuple[dict[str, Callable[[], None]], list[SamePass | SecondLook]]:
     """Return what is timed, by name, and what is to be closed afterwards."""
     timed = {"none": timed_answer(world.learner.answers, world.model, batch)}
-    opened: list[SamePass] = []
+    opened: list[SamePass | SecondLook] = []
     for way, each in ways.items():
         for count in counts:
             gate = ForgettingGate(Detectors(each.detectors[:count]), slots(world, each.sites, count))
-            if way == "same pass":
-                opened.append(SamePass(world.learner, gate))
+            if way != "separate":
+                opened.append((SamePass if way == "same pass" else SecondLook)(world.learner, gate))
                 timed[f"{way} {count}"] = timed_answer(opened[-1].answers, world.model, batch)
             else:
                 gated = GatedLearner(world.learner, each.encoder, gate)
@@ -177,7 +200,7 @@ def sizes(way: Pass, world: World) -> dict[str, float]:
 
 def measured(chosen: argparse.Namespace) -> tuple[dict[str, float], list[list[str]]]:
     """Time all variants on one batch; return figures and the printed rows."""
-    corpus = Corpus.read(chosen.data, requests=len(DOMAINS) + max(chosen.requests), on="test")
+    corpus = Corpus.read(chosen.data, requests=len(DOMAINS) + max(chosen.requests), on=chosen.on)
     world = made_world(corpus, cache=chosen.cache, seed=0)
     ways = passes(world, corpus.sequence[len(DOMAINS) :], layer=chosen.layer)
     batch = batch_of(world, world.asked.tokens, chosen_rows(world, ways, hits=chosen.hits))
@@ -197,7 +220,8 @@ def measured(chosen: argparse.Namespace) -> tuple[dict[str, float], list[list[st
     first, last = chosen.requests[0], chosen.requests[-1]
     figures |= {f"gate{last}_over_gate{first}": figures[f"separate_{last}_over_1"],
                 f"gate{first}_over_none": figures[f"separate_{first}_over_none"],
-                f"same_pass_gate{first}_over_none": figures[f"same_pass_{first}_over_none"]}  # fmt: skip
+                f"same_pass_gate{first}_over_none": figures[f"same_pass_{first}_over_none"],
+                f"second_look_gate{first}_over_none": figures[f"second_look_{first}_over_none"]}  # fmt: skip
     return figures | sizes(ways["separate"], world) | {"tokens": float(batch.input_ids.numel())}, rows
 
 
@@ -209,6 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 10, 100])
     parser.add_argument("--hits", type=int, default=4, help=f"rows of {ROWS} that a slot answers")
     parser.add_argument("--layer", type=int, default=4, help="what detectors read in the same pass")
+    parser.add_argument("--on", choices=("test", "validation"), default="test")
     parser.add_argument("--rounds", type=int, default=40)
     chosen = parser.parse_args(arguments)
     if chosen.data is None:
