@@ -181,7 +181,7 @@ def _train(place: Path, pairs: Pairs, texts: Sequence[str], *, epochs: int, seed
     (place / "seconds").write_text(str(time.process_time() - begun))
 
 
-def _lots(tokens: Tokens, *, epochs: int, seed: int, size: int = 16) -> Iterator[np.ndarray[Any, Any]]:
+def _lots(tokens: Tokens, *, epochs: int, seed: int, size: int = 8) -> Iterator[np.ndarray[Any, Any]]:
     """Yield lots of rows of like length, in a new order in every epoch."""
     source = np.random.default_rng(seed)
     for _ in range(epochs):

@@ -651,7 +651,7 @@ def measured(chosen: argparse.Namespace) -> tuple[dict[tuple[str, str], Found], 
         if seed == 0:
             more |= drawn_first(world, requests, made, chosen)
     if not ours(chosen):
-        return found, {}
+        return found, {name: value for name, value in more.items() if name.startswith("overlap")}
     for number in range(len(corpus.sequence)):
         more[f"o3_auroc_request_{number + 1}_min"] = min(each[number] for each in scores)
     domains = [score for each in scores for score in each[: len(DOMAINS)]]

@@ -14,7 +14,8 @@ and nothing else; an audit checks it.
 - probability: of the true answer, by token (geometric mean), over rows. ROUGE: words of the true answer that the greedy
   answer has in order (recall). refused: greedy answers that are a refusal. unended: those that do not end.
 - forgotten: all authors asked to be forgotten so far, by the questions that were trained on (seen) and by paraphrases
-  of them (unseen). rest: `--sample` pairs of retain90 (others with `--on validation`, which is for choosing settings).
+  of them (unseen), at most `--sample` pairs. rest: as many pairs that stay (others with `--on validation`, which is for
+  choosing settings).
 - forget quality: p-value of the Kolmogorov-Smirnov test between the truth ratios of forgotten pairs under the method
   and under a model trained without them (large: not told apart), as in TOFU; its figures for the same model untouched
   are in the row `before`.
@@ -145,6 +146,13 @@ class Course:
     world: World
     without: World | None
     """Trained on the rest alone."""
+    sample: int = 200
+    """Most pairs that are asked of the forgotten ones."""
+
+    def asked(self, count: int) -> Pairs:
+        """Return pairs of the first requests, the same of as many whenever they are asked."""
+        pairs = self.forgotten(count)
+        return pairs.take(np.random.default_rng(0).permutation(len(pairs))[: self.sample].tolist())
 
     def forgotten(self, count: int) -> Pairs:
         """Return the pairs of the first requests."""
@@ -165,7 +173,7 @@ def quality(course: Course, method: Method, pairs: Pairs) -> float:
 
 def row(course: Course, method: Method, count: int) -> dict[str, float]:
     """Measure a method after some requests; before the first, of what the third will have asked for."""
-    pairs, world = course.forgotten(count or len(course.requests)), course.world
+    pairs, world = course.asked(count or len(course.requests)), course.world
     seen = stands(world, method, pairs, pairs.questions)
     unseen = stands(world, method, pairs, pairs.other_questions)
     rest = stands(world, method, course.rest, course.rest.questions)
@@ -244,7 +252,7 @@ def measured(chosen: argparse.Namespace) -> tuple[dict[str, float], list[list[st
         if not chosen.without_retrained:
             without = made_world(cache, rest, name="without", epochs=chosen.epochs, seed=seed, texts=texts)
             more["retrain_s"] = without.training_s
-        course = Course(rest.take(part.tolist()), requests, world, without)
+        course = Course(rest.take(part.tolist()), requests, world, without, chosen.sample)
         runs.append(streamed(course, chosen, seed))
         more |= {"training_s": world.training_s} | aurocs(world, all_rest, requests, chosen, seed)
     more = {f"tofu_{name}": value for name, value in more.items()}
@@ -270,7 +278,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--least-steps", type=int, default=40, help="more passes for small requests")
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--coverage", type=float, default=ForgettingConfig().coverage)
-    parser.add_argument("--sample", type=int, default=200, help="pairs of those that stay")
+    parser.add_argument(
+        "--sample", type=int, default=200, help="pairs that are asked of those that stay, and of the forgotten ones"
+    )
     parser.add_argument("--methods", nargs="+", choices=[recipe.name for recipe in RECIPES], help="default: all")
     parser.add_argument("--without-retrained", action="store_true", help="no model without the requests, no quality")
     chosen = parser.parse_args(arguments)
