@@ -646,8 +646,9 @@ def measured(chosen: argparse.Namespace) -> tuple[dict[tuple[str, str], Found], 
         world = worlds[number].seeded(seed)
         requests = [asked(world, labels) for labels in corpus.sequence]
         made = streamed(world, requests, chosen, found)
-        scores.append(aurocs(world, requests, chosen))
-        print(f"seed {seed}, AUROC: {' '.join(f'{score:.4f}' for score in scores[-1])}", flush=True)
+        if ours(chosen):
+            scores.append(aurocs(world, requests, chosen))
+            print(f"seed {seed}, AUROC: {' '.join(f'{score:.4f}' for score in scores[-1])}", flush=True)
         if seed == 0:
             more |= drawn_first(world, requests, made, chosen)
     if not ours(chosen):
