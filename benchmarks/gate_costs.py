@@ -4,9 +4,10 @@
         [--on test]
 
 FOLDER holds `data_full.json.gz` and `domains.json.gz` of CLINC150. The model is that of `benchmarks.gated`; a request
-is one intent, its detector made of the intent's training queries, its slot of rank 8 filled with random numbers (they
-change no time). A batch is 32 test queries, `--hits` of which the gate lets a slot answer, the rest of intents that
-nobody asked to forget; it is the same for every number of requests, so that only the gates differ.
+is one intent, its detector made of the intent's training queries (10 intents, again and again for more requests), its
+slot of rank 8 filled with random numbers (they change no time). A batch is 32 test queries, `--hits` of which the gate
+lets the first slot answer, the rest of intents that nobody asked to forget; thresholds are set so, and the batch is the
+same for every number of requests, so that only the gates differ.
 
 - none: the model with the users' slot, no gate. separate: features of a pass of the frozen encoder (MiniLM), then the
   model's pass with slots of all its layers. same pass: detectors read layer `--layer` of the model's own pass,
@@ -45,6 +46,8 @@ from tasks.tokens import Batch, Tokens, collate
 
 ROWS = 32
 RANK = 8
+DISTINCT = 10
+"""Intents that detectors are made of; more requests have them again, which takes the same time."""
 
 
 class Pass(NamedTuple):
@@ -117,17 +120,17 @@ def slots(world: World, sites: Sequence[int], count: int) -> Bank:
     return Bank(layout, 0.01 * torch.randn(count, layout.size, generator=source))
 
 
-def features_of(world: World, way: Pass) -> Tensor:
-    """Return a way's features of all asked queries, in their order."""
-    if way.encoder is world.encoder:
-        return world.asked.features
-    tokens = world.asked.tokens
-    if id(tokens) not in way.known:
+def features_of(world: World, way: Pass, tokens: Tokens) -> Tensor:
+    """Return a way's features of queries, in their order."""
+    key = id(tokens) if way.encoder is not world.encoder else -id(tokens)
+    if key not in way.known:
         order = np.asarray(tokens.lengths).argsort(kind="stable")
         chunks = [order[start : start + 128].tolist() for start in range(0, len(order), 128)]
-        made = [way.wide.features(batch_of(world, tokens, chunk)) for chunk in chunks]
-        way.known[id(tokens)] = torch.cat(made)[torch.from_numpy(order.argsort())]
-    return way.known[id(tokens)][:, way.place : way.place + 1]
+        encoder = way.encoder if way.encoder is world.encoder else way.wide
+        made = [encoder.features(batch_of(world, tokens, chunk)) for chunk in chunks]
+        way.known[key] = torch.cat(made)[torch.from_numpy(order.argsort())]
+    found = way.known[key]
+    return found if way.encoder is world.encoder else found[:, way.place : way.place + 1]
 
 
 def batch_of(world: World, tokens: Tokens, rows: Sequence[int]) -> Batch:
@@ -135,35 +138,46 @@ def batch_of(world: World, tokens: Tokens, rows: Sequence[int]) -> Batch:
     return collate([(tokens, row) for row in rows], pad=world.learner.pad)
 
 
-def chosen_rows(world: World, ways: Mapping[str, Pass], *, hits: int) -> list[int]:
-    """Return rows of the asked queries: `hits` near the first request alone, the rest near none, whichever the way.
+def chosen_batch(world: World, ways: Mapping[str, Pass], *, hits: int) -> Batch:
+    """Return `hits` queries that are nearest to the first request, then others of intents that no request is about."""
+    corpus = world.corpus
+    asked = {label for labels in corpus.sequence for label in labels}
+    mine = taken(corpus.asked, corpus.rows(corpus.sequence[len(DOMAINS)], part="asked"))
+    tokens = world.learner.task.tokenize(mine)
+    far = sum(
+        Detectors(way.detectors[:1]).distances(features_of(world, way, tokens))[:, 0] / way.detectors[0].threshold
+        for way in ways.values()
+    )
+    near = torch.as_tensor(far).argsort()[:hits].tolist()
+    rest = corpus.rows([label for label in range(len(corpus.names)) if label not in asked], part="asked")
+    others = world.learner.task.tokenize(taken(corpus.asked, np.random.default_rng(0).permutation(rest)[: ROWS - hits]))
+    pairs = [(tokens, row) for row in near] + [(others, row) for row in range(len(others))]
+    return collate(pairs, pad=world.learner.pad)
 
-    Raises LetheError where there are too few of a kind.
+
+def detectors_for(way: Pass, batch: Batch, count: int, *, hits: int) -> Detectors:
+    """Return as many detectors, those at hand again and again, of which the first catches the hits and no other row.
+
+    Raises LetheError where the first request's queries are not the nearest to it.
     """
-    touched = []
-    for way in ways.values():
-        gate = ForgettingGate(Detectors(way.detectors), slots(world, way.sites[:1], len(way.detectors)))
-        touched.append(gate.weights(features_of(world, way)).numpy() != 0)
-    near = np.flatnonzero(np.all([each[:, 0] & (each.sum(1) == 1) for each in touched], axis=0))
-    far = np.flatnonzero(np.all([~each.any(1) for each in touched], axis=0))
-    if len(near) < hits or len(far) < ROWS - hits:
-        raise LetheError(f"{len(near)} queries are near one request and {len(far)} near none; {hits} of {ROWS} wanted")
-    source = np.random.default_rng(0)
-    return [
-        *source.choice(near, hits, replace=False).tolist(),
-        *source.choice(far, ROWS - hits, replace=False).tolist(),
-    ]
+    distances = Detectors(way.detectors[:1]).distances(way.encoder.features(batch))[:, 0]
+    inside, outside = float(distances[:hits].max()), float(distances[hits:].min())
+    if inside >= outside:
+        raise LetheError("a query of another intent is nearer to the first request than its own; give fewer --hits")
+    made = [replace(way.detectors[place % len(way.detectors)], threshold=-float("inf")) for place in range(count)]
+    made[0] = replace(made[0], threshold=(inside + outside) / 2)
+    return Detectors(made)
 
 
 def variants(
-    world: World, ways: Mapping[str, Pass], counts: Sequence[int], batch: Batch
+    world: World, ways: Mapping[str, Pass], counts: Sequence[int], batch: Batch, *, hits: int
 ) -> tuple[dict[str, Callable[[], None]], list[SamePass | SecondLook]]:
     """Return what is timed, by name, and what is to be closed afterwards."""
     timed = {"none": timed_answer(world.learner.answers, world.model, batch)}
     opened: list[SamePass | SecondLook] = []
     for way, each in ways.items():
         for count in counts:
-            gate = ForgettingGate(Detectors(each.detectors[:count]), slots(world, each.sites, count))
+            gate = ForgettingGate(detectors_for(each, batch, count, hits=hits), slots(world, each.sites, count))
             if way != "separate":
                 opened.append((SamePass if way == "same pass" else SecondLook)(world.learner, gate))
                 timed[f"{way} {count}"] = timed_answer(opened[-1].answers, world.model, batch)
@@ -186,11 +200,11 @@ def timed_answer(ask: Callable[[Tensor, Batch], object], values: Tensor, batch: 
 def aurocs(world: World, *, layer: int, known: dict[int, Tensor]) -> dict[str, float]:
     """Return the least AUROC over the domains, a way each."""
     domains = world.corpus.sequence[: len(DOMAINS)]
-    strange = replace(world, corpus=replace(world.corpus, asked=world.corpus.strange))
-    labels = np.concatenate([np.asarray(world.asked.tokens.labels), np.full(len(strange.asked.tokens), -1)])
+    asked, strange = (world.learner.task.tokenize(each) for each in (world.corpus.asked, world.corpus.strange))
+    labels = np.concatenate([np.asarray(asked.labels), np.full(len(strange), -1)])
     found: dict[str, float] = {}
     for way, each in passes(world, domains, layer=layer, known=known).items():
-        features = torch.cat([features_of(each_world, each) for each_world in (world, strange)])
+        features = torch.cat([features_of(world, each, tokens) for tokens in (asked, strange)])
         distances = Detectors(each.detectors).distances(features).numpy()
         scores = [roc_auc_score(~np.isin(labels, own), distances[:, place]) for place, own in enumerate(domains)]
         found |= {f"auroc_{_key(way)}_{name}": float(score) for name, score in zip(DOMAINS, scores, strict=True)}
@@ -210,19 +224,17 @@ def sizes(way: Pass, world: World) -> dict[str, float]:
 
 def measured(chosen: argparse.Namespace) -> tuple[dict[str, float], list[list[str]]]:
     """Time all variants on one batch; return figures and the printed rows."""
-    corpus = Corpus.read(chosen.data, requests=len(DOMAINS) + max(chosen.requests), on=chosen.on)
+    corpus = Corpus.read(chosen.data, requests=len(DOMAINS) + DISTINCT, on=chosen.on)
     world = made_world(corpus, cache=chosen.cache, seed=0)
     known: dict[int, Tensor] = {}
     ways = passes(world, corpus.sequence[len(DOMAINS) :], layer=chosen.layer, known=known)
-    batch = batch_of(world, world.asked.tokens, chosen_rows(world, ways, hits=chosen.hits))
-    timed, opened = variants(world, ways, chosen.requests, batch)
+    batch = chosen_batch(world, ways, hits=chosen.hits)
+    timed, opened = variants(world, ways, chosen.requests, batch, hits=chosen.hits)
     times = interleaved(timed, rounds=chosen.rounds, warmup=5)
     for each in opened:
         each.close()
-    figures, rows = (
-        aurocs(world, layer=chosen.layer, known=known),
-        [["variant", "ms a batch of 32", "over none", "over 1 request"]],
-    )
+    rows = [["variant", "ms a batch of 32", "over none", "over 1 request"]]
+    figures = aurocs(world, layer=chosen.layer, known=known)
     for name, taken_s in times.items():
         way, _, count = name.rpartition(" ")
         over = {"none": paired_ratio(times, name, "none")} if way else {}

@@ -471,8 +471,8 @@ def picture(
     right = Canvas((0.0, 1.0), (0.0, 1.0))
     right.y_axis(percent)
     right.x_axis("weight of the first request's slot (the paper's formula)", [(x / 5, f"{x / 5:g}") for x in range(6)])
-    for hue, (name, shares) in enumerate(weights.items(), start=1):
-        points = [((place + 0.5) / 10, float(share)) for place, share in enumerate(shares)]
+    for hue, (name, bins) in enumerate(weights.items(), start=1):
+        points = [((place + 0.5) / 10, float(share)) for place, share in enumerate(bins)]
         right.path(points, f"curve s{hue}")
         for x, y in points:
             right.dot(right.x(x), right.y(y), style=f"f{hue}", tip=f"{name}: {100 * y:.1f} %")
