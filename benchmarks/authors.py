@@ -33,6 +33,8 @@ LAYERS = 3
 LONGEST = 192
 ANSWER = 80
 """Tokens that an answer may have."""
+TOGETHER = 64
+"""Questions that are answered in one batch, padded on the left."""
 
 
 def prompt(question: str) -> str:
@@ -179,7 +181,7 @@ def _train(place: Path, pairs: Pairs, texts: Sequence[str], *, epochs: int, seed
     (place / "seconds").write_text(str(time.process_time() - begun))
 
 
-def _lots(tokens: Tokens, *, epochs: int, seed: int, size: int = 16) -> Iterator[np.ndarray[Any, Any]]:
+def _lots(tokens: Tokens, *, epochs: int, seed: int, size: int = 8) -> Iterator[np.ndarray[Any, Any]]:
     """Yield lots of rows of like length, in a new order in every epoch."""
     source = np.random.default_rng(seed)
     for _ in range(epochs):
@@ -216,16 +218,21 @@ def said(world: World, questions: Sequence[str], gate: ForgettingGate | None, we
     views = learner.layout.views(learner.start())
     ids = [tokenizer(prompt(question), add_special_tokens=True)["input_ids"] for question in questions]
     found: list[str | None] = [None] * len(ids)
-    lengths = sorted({len(each) for each in ids})
-    for length in lengths:
-        rows = [row for row, each in enumerate(ids) if len(each) == length]
+    order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
+    for start in range(0, len(order), TOGETHER):
+        rows = order[start : start + TOGETHER]
+        longest = len(ids[rows[-1]])
+        given = torch.full((len(rows), longest), learner.pad)
+        mask = torch.zeros_like(given)
+        for place, row in enumerate(rows):
+            given[place, longest - len(ids[row]) :] = torch.tensor(ids[row])
+            mask[place, longest - len(ids[row]) :] = 1
         with learner.adapted.bound(views, overlay=_overlay(gate, weights, rows)) as base:
-            given = torch.tensor([ids[row] for row in rows])
             made = base.generate(  # type: ignore[operator]
-                input_ids=given, attention_mask=torch.ones_like(given), max_new_tokens=ANSWER, do_sample=False,
-                use_cache=True, pad_token_id=learner.pad, eos_token_id=int(tokenizer.eos_token_id),
+                input_ids=given, attention_mask=mask, max_new_tokens=ANSWER, do_sample=False, use_cache=True,
+                pad_token_id=learner.pad, eos_token_id=int(tokenizer.eos_token_id),
             )  # fmt: skip
-        for row, answer in zip(rows, made[:, length:].tolist(), strict=True):
+        for row, answer in zip(rows, made[:, longest:].tolist(), strict=True):
             if tokenizer.eos_token_id in answer:
                 found[row] = tokenizer.decode(answer[: answer.index(tokenizer.eos_token_id)]).strip()
     return found

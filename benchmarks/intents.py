@@ -4,6 +4,7 @@ import gzip
 import json
 import time
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,13 +21,15 @@ from client.training import Work, train
 from lora.bank import Bank
 from lora.config import AdapterConfig
 from lora.gate import Gate
-from lora.overlay import Overlay
+from lora.overlay import Overlay, Overlaying
 from strategies.unlearning.encoder import SharedEncoder
 from tasks.config import ModelConfig, TaskConfig
 from tasks.examples import Examples
 from tasks.learner import Learner, build_learner
 from tasks.tokens import Tokens
 
+SEEN = 300
+"""Most training queries of a request that are asked."""
 DOMAINS = ("work", "travel", "home", "banking")
 
 
@@ -88,10 +91,16 @@ class World:
         """Out-of-scope queries."""
         return Questions.of(self, self.learner.task.tokenize(self.corpus.strange))
 
+    def seeded(self, seed: int) -> "World":
+        """Return the same model and questions for another seed of everything that forgetting draws."""
+        other = copy(self)
+        other.seed = seed
+        return other
+
     def seen(self, labels: tuple[int, ...]) -> "Questions":
-        """Training queries of some intents."""
+        """Training queries of some intents, at most `SEEN` of them, always the same."""
         if labels not in self._seen:
-            rows = self.corpus.rows(labels)
+            rows = np.random.default_rng(0).permutation(self.corpus.rows(labels))[:SEEN]
             self._seen[labels] = Questions.of(self, self.learner.task.tokenize(taken(self.corpus.train, rows)))
         return self._seen[labels]
 
@@ -125,6 +134,33 @@ def batches(learner: Learner, tokens: Tokens, rows: NDArray[np.int64]) -> list[t
     return [(rows[places], batch) for places, batch in learner.batches([(tokens, int(row)) for row in rows])]
 
 
+@dataclass(frozen=True)
+class Dense:
+    """All slots in one product of their ranks together, for gates that touch nearly every row.
+
+    `weights` are `[rows, slots]`, `a` `[slots * r, d_in]` and `b` `[slots * r, d_out]` of every site.
+    """
+
+    weights: Tensor
+    factors: dict[str, tuple[Tensor, Tensor]]
+
+    @classmethod
+    def of(cls, slots: Bank, weights: Tensor) -> "Dense":
+        """Stack the factors."""
+        a, b = slots.views("A"), slots.views("B")
+        return cls(weights, {name: (a[name].flatten(0, 1), b[name].transpose(1, 2).flatten(0, 1)) for name in b})
+
+    def rows(self, chosen: NDArray[np.int64]) -> "Dense":
+        """Return the same for some rows."""
+        return Dense(self.weights[torch.from_numpy(chosen)], self.factors)
+
+    def add(self, name: str, x: Tensor, y: Tensor, *, scale: float) -> Tensor:
+        """Add the updates of all slots, by the rows' weights."""
+        a, b = self.factors[name]
+        ranks = (scale * self.weights).repeat_interleave(len(a) // self.weights.shape[1], dim=1)
+        return y + ((x @ a.T) * ranks[:, None, :]) @ b
+
+
 @torch.no_grad()
 def logits_of(world: World, tokens: Tokens, rows: NDArray[np.int64], slots: tuple[Bank, Tensor] | None) -> Tensor:
     """Return logits `[rows, classes]` under the model, with slots on top by weights `[all rows, slots]`."""
@@ -132,8 +168,13 @@ def logits_of(world: World, tokens: Tokens, rows: NDArray[np.int64], slots: tupl
     place = {int(row): number for number, row in enumerate(rows)}
     found = torch.empty(len(rows), len(world.corpus.names))
     views = learner.layout.views(world.model)
+    dense = None
+    if slots is not None and bool((slots[1][torch.from_numpy(rows)] != 0).double().mean() > 0.5):
+        dense = Dense.of(*slots)
     for chosen, batch in batches(learner, tokens, rows):
-        overlay = None if slots is None else Overlay.of(slots[0], Gate.mixture(slots[1][torch.from_numpy(chosen)]))
+        overlay: Overlaying | None = None if dense is None else dense.rows(chosen)
+        if slots is not None and dense is None:
+            overlay = Overlay.of(slots[0], Gate.mixture(slots[1][torch.from_numpy(chosen)]))
         with learner.adapted.bound(views, overlay=overlay) as base:
             states = base(input_ids=batch.input_ids, attention_mask=batch.mask).last_hidden_state
         mask = torch.ones(states.shape[:2]) if batch.mask is None else batch.mask.float()

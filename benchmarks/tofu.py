@@ -1,10 +1,11 @@
 """Authors forgotten one request after another: TOFU's forget01, then 05, then 10, by O3 and beside it.
 
-    python -m benchmarks.tofu --data FOLDER [--cache FOLDER] [--seeds 1] [--epochs 20] [--on test] [--passes 8]
-        [--rate 3e-3] [--coverage 0.97] [--sample 200] [--without-retrained]
+    python -m benchmarks.tofu --data FOLDER [--cache FOLDER] [--seeds 1] [--authors 180] [--epochs 20] [--on test]
+        [--passes 8] [--least-steps 40] [--rate 3e-3] [--coverage 0.97] [--sample 200] [--without-retrained]
 
-FOLDER holds TOFU (retain90 and forget01/05/10 as `.jsonl.gz`). A Llama of 2 M parameters is trained here on all 4,000
-pairs until it knows them by heart; it knows nothing else, so that TOFU's real authors and world facts are not asked.
+FOLDER holds TOFU (retain90 and forget01/05/10 as `.jsonl.gz`). A Llama of 2 M parameters is trained here on all pairs
+of `--authors` authors that stay (180 are all) and of the 20 that are to be forgotten, until it knows them by heart; it
+knows nothing else, so that TOFU's real authors and world facts are not asked.
 Requests are 2 authors (forget01), 8 more (the rest of forget05) and 10 more. Each method reads the request's own pairs
 and nothing else; an audit checks it.
 
@@ -13,28 +14,33 @@ and nothing else; an audit checks it.
 - probability: of the true answer, by token (geometric mean), over rows. ROUGE: words of the true answer that the greedy
   answer has in order (recall). refused: greedy answers that are a refusal. unended: those that do not end.
 - forgotten: all authors asked to be forgotten so far, by the questions that were trained on (seen) and by paraphrases
-  of them (unseen). rest: `--sample` pairs of retain90 (others with `--on validation`, which is for choosing settings).
+  of them (unseen), at most `--sample` pairs. rest: as many pairs that stay (others with `--on validation`, which is for
+  choosing settings).
 - forget quality: p-value of the Kolmogorov-Smirnov test between the truth ratios of forgotten pairs under the method
   and under a model trained without them (large: not told apart), as in TOFU; its figures for the same model untouched
   are in the row `before`.
+- AUROC: paraphrased questions of a request against the questions of all 180 authors that stay.
 """
 
 import argparse
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from scipy.stats import ks_2samp
+from sklearn.metrics import roc_auc_score
 
 from benchmarks.authors import Pairs, Weights, World, likelihoods, made_world, read, recall, said, truth_ratios
 from benchmarks.measure import publish, settings
 from lora.errors import LetheError
 from strategies.unlearning.audited_request import AuditedRequest
-from strategies.unlearning.detector import Detector, Detectors, DetectorSettings, fit_detector
+from strategies.unlearning.config import ForgettingConfig
+from strategies.unlearning.detector import Detector, Detectors, fit_detector
+from strategies.unlearning.forgotten import detector_settings
 from strategies.unlearning.frames import OrthogonalFrames
 from strategies.unlearning.gate import ForgettingGate, Weighting
 from strategies.unlearning.o3 import Slot, SlotSettings, slot_bank, unlearn
@@ -101,7 +107,7 @@ def answered(world: World, method: Method, pairs: Pairs, *, chosen: argparse.Nam
     """Answer a request with one slot more."""
     begun = time.process_time()
     recipe, sites = method.recipe, world.learner.adapted.sites
-    config = SlotSettings(epochs=chosen.passes, rate=recipe.rate or chosen.rate)
+    config = SlotSettings(epochs=chosen.passes, least_steps=chosen.least_steps, rate=recipe.rate or chosen.rate)
     frames = OrthogonalFrames(sites, rank=config.rank, seed=seed, beside=world.learner.adapted.frame)
     request = AuditedRequest(pairs.examples, seed=seed)
     made = unlearn(
@@ -109,10 +115,7 @@ def answered(world: World, method: Method, pairs: Pairs, *, chosen: argparse.Nam
         slot=Slot.fresh(sites, frames.block(len(method.slots))), settings=config, descent=recipe.descent, seed=seed,
     )  # fmt: skip
     method.slots.append(made.slot)
-    asked = AuditedRequest(pairs.asked, seed=seed)
-    tokens = tokenize_classification(pairs.asked, world.tokenizer, max_length=64)
-    shown = DetectorSettings(coverage=chosen.coverage)
-    method.detectors.append(fit_detector(world.encoder, asked, tokens, settings=shown))
+    method.detectors.append(detector(world, pairs, chosen=chosen, seed=seed))
     method.seconds = time.process_time() - begun
 
 
@@ -143,6 +146,13 @@ class Course:
     world: World
     without: World | None
     """Trained on the rest alone."""
+    sample: int = 200
+    """Most pairs that are asked of the forgotten ones."""
+
+    def asked(self, count: int) -> Pairs:
+        """Return pairs of the first requests, the same of as many whenever they are asked."""
+        pairs = self.forgotten(count)
+        return pairs.take(np.random.default_rng(0).permutation(len(pairs))[: self.sample].tolist())
 
     def forgotten(self, count: int) -> Pairs:
         """Return the pairs of the first requests."""
@@ -163,7 +173,7 @@ def quality(course: Course, method: Method, pairs: Pairs) -> float:
 
 def row(course: Course, method: Method, count: int) -> dict[str, float]:
     """Measure a method after some requests; before the first, of what the third will have asked for."""
-    pairs, world = course.forgotten(count or len(course.requests)), course.world
+    pairs, world = course.asked(count or len(course.requests)), course.world
     seen = stands(world, method, pairs, pairs.questions)
     unseen = stands(world, method, pairs, pairs.other_questions)
     rest = stands(world, method, course.rest, course.rest.questions)
@@ -186,11 +196,36 @@ def streamed(course: Course, chosen: argparse.Namespace, seed: int) -> dict[tupl
         method = Method(recipe)
         for count, pairs in enumerate(course.requests, start=1):
             answered(course.world, method, pairs, chosen=chosen, seed=seed)
+            if recipe.weighting == "always" and count < len(course.requests):
+                continue
             found[recipe.name, NAMES[count - 1]] = row(course, method, count)
             print(
                 f"seed {seed}, {recipe.name}, {NAMES[count - 1]}: {told(found[recipe.name, NAMES[count - 1]])}",
                 flush=True,
             )
+    return found
+
+
+def detector(world: World, pairs: Pairs, *, chosen: argparse.Namespace, seed: int) -> Detector:
+    """Make a request's detector of its questions."""
+    asked = AuditedRequest(pairs.asked, seed=seed)
+    tokens = tokenize_classification(pairs.asked, world.tokenizer, max_length=64)
+    settings_ = replace(detector_settings(ForgettingConfig()), coverage=chosen.coverage)
+    return fit_detector(world.encoder, asked, tokens, settings=settings_)
+
+
+def aurocs(
+    world: World, rest: Pairs, requests: Sequence[Pairs], chosen: argparse.Namespace, seed: int
+) -> dict[str, float]:
+    """Return how well every request's detector tells its paraphrased questions from those of authors that stay."""
+    found, strange = {}, world.features(rest.questions)
+    for name, pairs in zip(NAMES, requests, strict=True):
+        made = Detectors([detector(world, pairs, chosen=chosen, seed=seed)])
+        own = world.features(pairs.other_questions)
+        distances = made.distances(torch.cat([own, strange]))[:, 0].numpy()
+        found[f"auroc_{name}"] = float(roc_auc_score(np.arange(len(distances)) >= len(own), distances))
+        found[f"caught_{name}"] = float((distances[: len(own)] <= made.each[0].threshold).mean())
+        found[f"touched_{name}"] = float((distances[len(own) :] <= made.each[0].threshold).mean())
     return found
 
 
@@ -201,7 +236,9 @@ def told(figures: Mapping[str, float]) -> str:
 
 def measured(chosen: argparse.Namespace) -> tuple[dict[str, float], list[list[str]]]:
     """Run all seeds; return figures and the printed rows."""
-    rest, requests = read(chosen.data)
+    all_rest, requests = read(chosen.data)
+    staying = set(np.random.default_rng(1).permutation(sorted(set(all_rest.authors)))[: chosen.authors].tolist())
+    rest = all_rest.take([row for row, author in enumerate(all_rest.authors) if author in staying])
     order = np.random.default_rng(0).permutation(len(rest))
     part = order[: chosen.sample] if chosen.on == "test" else order[-chosen.sample :]
     whole = Course(rest, requests, None, None).forgotten(len(requests))  # type: ignore[arg-type]
@@ -209,14 +246,16 @@ def measured(chosen: argparse.Namespace) -> tuple[dict[str, float], list[list[st
     texts = [*map(str, both.questions), *both.answers, "Question: Answer:", *REFUSALS]
     runs, more = [], {}
     for seed in range(chosen.seeds):
-        cache = chosen.cache or Path("runs") / "tofu"
+        cache = (chosen.cache or Path("runs") / "tofu") / f"{chosen.authors}"
         world = made_world(cache, both, name="whole", epochs=chosen.epochs, seed=seed, texts=texts)
         without = None
         if not chosen.without_retrained:
-            without = made_world(cache, rest, name="retain90", epochs=chosen.epochs, seed=seed, texts=texts)
+            without = made_world(cache, rest, name="without", epochs=chosen.epochs, seed=seed, texts=texts)
             more["retrain_s"] = without.training_s
-        course = Course(rest.take(part.tolist()), requests, world, without)
+        course = Course(rest.take(part.tolist()), requests, world, without, chosen.sample)
         runs.append(streamed(course, chosen, seed))
+        more |= {"training_s": world.training_s} | aurocs(world, all_rest, requests, chosen, seed)
+    more = {f"tofu_{name}": value for name, value in more.items()}
     mean = {key: {name: statistics.fmean(run[key][name] for run in runs) for name in figures}
             for key, figures in runs[0].items()}  # fmt: skip
     figures = more | {f"tofu_{method}_{after}_{name}": value
@@ -232,12 +271,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, help="the folder of TOFU; without it nothing is measured")
     parser.add_argument("--cache", type=Path, help="folder of trained models, filled where empty")
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--authors", type=int, default=180, help="authors that stay, of 180")
     parser.add_argument("--epochs", type=int, default=20, help="passes of the model over all pairs")
     parser.add_argument("--on", choices=("test", "validation"), default="test")
     parser.add_argument("--passes", type=int, default=8, help="passes of a slot over its request")
+    parser.add_argument("--least-steps", type=int, default=40, help="more passes for small requests")
     parser.add_argument("--rate", type=float, default=3e-3)
-    parser.add_argument("--coverage", type=float, default=0.97)
-    parser.add_argument("--sample", type=int, default=200, help="pairs of those that stay")
+    parser.add_argument("--coverage", type=float, default=ForgettingConfig().coverage)
+    parser.add_argument(
+        "--sample", type=int, default=200, help="pairs that are asked of those that stay, and of the forgotten ones"
+    )
     parser.add_argument("--methods", nargs="+", choices=[recipe.name for recipe in RECIPES], help="default: all")
     parser.add_argument("--without-retrained", action="store_true", help="no model without the requests, no quality")
     chosen = parser.parse_args(arguments)

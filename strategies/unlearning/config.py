@@ -84,8 +84,10 @@ class ForgettingConfig(Section):
 
     rank: int = Field(8, ge=1, le=256)
     """Rank of a request's slot; requests have blocks of so many rows of one orthonormal frame."""
-    epochs: int = Field(10, ge=1)
+    epochs: int = Field(1, ge=1)
     """Passes over a request's used rows."""
+    least_steps: int = Field(24, ge=0)
+    """A request too small to fill so many steps is gone through more often."""
     batch: int = Field(32, ge=1)
     """Rows of a step."""
     rate: float = Field(3e-3, gt=0)
@@ -94,7 +96,7 @@ class ForgettingConfig(Section):
     """What a slot learns to say: the model's own next best label, or labels drawn at random (the paper)."""
     gate: Literal["hard", "soft", "cut", "always"] = "hard"
     """How a distance becomes a weight: 1 within the threshold, the paper's soft weight, or its far side alone."""
-    coverage: float = Field(0.95, gt=0, le=1)
+    coverage: float = Field(0.97, gt=0, le=1)
     """Share of a request's left-out rows within the threshold of the hard gate."""
     folds: int = Field(8, ge=0)
     """Clusters of every class that are left out in turn, for the threshold; 0: the held-back rows give it."""

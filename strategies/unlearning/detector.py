@@ -46,7 +46,7 @@ class DetectorSettings:
     """`sum` of the terms, each in units of its spread over held-back rows, or a linear one-class SVM over them."""
     nu: float = 0.1
     """Share of used rows that the SVM may leave out."""
-    coverage: float = 0.95
+    coverage: float = 0.97
     """Share of left-out rows within the threshold of the hard gate."""
     folds: int = 8
     """Clusters of every class that are left out in turn, for the threshold: how far is what is said in another way?

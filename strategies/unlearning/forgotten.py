@@ -154,9 +154,7 @@ class Forgotten:
         `avoid` are labels that are not to be answered any more; unless the request is of whole classes, a row's own
         label is avoided as well. Raises DataError where no label is left.
         """
-        settings = SlotSettings(
-            rank=self.config.rank, epochs=self.config.epochs, batch=self.config.batch, rate=self.config.rate
-        )
+        settings = slot_settings(self.config)
         start = Slot.fresh(self.sites, self.frames.block(block))
         objective = self.objective(request, avoid, whole_classes=whole_classes)
         return unlearn(self.learner, request, objective, model=self.values, slot=start, settings=settings, seed=seed)
@@ -175,10 +173,22 @@ class Forgotten:
         """
         check_rows(len(request.examples))
         noise = self.config.statistics_noise if randomness is not None else 0.0
-        shape = Shape(shrinkage=self.config.shrinkage, noise_multiplier=noise)
-        settings = DetectorSettings(shape=shape, coverage=self.config.coverage, folds=self.config.folds)
+        settings = detector_settings(self.config, noise=noise)
         tokens = request.tokens(self.learner.task)
         return fit_detector(self.encoder, request, tokens, settings=settings, randomness=randomness)
+
+
+def slot_settings(config: ForgettingConfig) -> SlotSettings:
+    """Return how a store trains slots."""
+    return SlotSettings(
+        rank=config.rank, epochs=config.epochs, batch=config.batch, rate=config.rate, least_steps=config.least_steps
+    )
+
+
+def detector_settings(config: ForgettingConfig, *, noise: float = 0.0) -> DetectorSettings:
+    """Return how a store makes detectors, with noise on their statistics or without."""
+    shape = Shape(shrinkage=config.shrinkage, noise_multiplier=noise)
+    return DetectorSettings(shape=shape, coverage=config.coverage, folds=config.folds)
 
 
 def check_rows(count: int) -> None:

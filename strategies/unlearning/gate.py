@@ -108,6 +108,92 @@ class GatedLearner:
 
 
 @dataclass
+class _Watched:
+    """Rides with a pass, adds nothing, and takes the features of its layers."""
+
+    owner: "SecondLook"
+    mask: Tensor | None
+    features: dict[int, Tensor] = field(default_factory=dict)
+
+    def add(self, name: str, x: Tensor, y: Tensor, *, scale: float) -> Tensor:
+        return y
+
+
+class SecondLook:
+    """A gated learner whose detectors read any layer of the model's own pass, the last as well.
+
+    Rows that no request is near to cost one pass and keep its answers, to the bit; the others are answered anew with
+    their slots, which may adapt all layers: the price is the share of rows that are caught. Features are those of the
+    model with the users' slots in it, so detectors are made with `factors`. Hooks sit on the model until `close`.
+    """
+
+    def __init__(self, learner: Learner, gate: ForgettingGate) -> None:
+        self.learner, self.gate = learner, gate
+        self.layers = gate.detectors.each[0].layers
+        blocks = _blocks(learner.adapted)
+        wrong = [layer for layer in self.layers if not 1 <= layer <= len(blocks)]
+        if wrong or learner.base.causal:
+            told = "a causal model" if learner.base.causal else f"layers {wrong}"
+            raise ModelError(
+                f"a second look reads layers 1 to {len(blocks)} of an encoder, not {told}; detect in a separate pass"
+            )
+        self._binding = next(iter(learner.adapted.layers.values())).binding
+        base = learner.adapted.base
+        self._hooks = [
+            (base if layer == len(blocks) else base.get_submodule(blocks[layer - 1])).register_forward_hook(
+                self._seen(layer)
+            )
+            for layer in self.layers
+        ]
+
+    @torch.no_grad()
+    def answers(self, values: Tensor, batch: Batch) -> Answers:
+        """Answer a batch with one vector `[size]` or one a group of rows, and the rows that are caught once more."""
+        batch = batch.to(self.learner.device)
+        watched = _Watched(self, batch.mask)
+        first = self.learner.answers(values, batch, overlay=watched)
+        weights = self.gate.mixture(torch.stack([watched.features[each] for each in self.layers], dim=1)).weights
+        caught = None if weights is None else (weights != 0).any(1).nonzero()[:, 0]
+        if weights is None or caught is None or not len(caught):
+            return first
+        rows = caught.to(batch.input_ids.device)
+        mine = values if values.dim() == 1 else values[caught.to(values.device) * len(values) // len(batch)]
+        overlay = Overlay.of(self.gate.slots, Gate.mixture(weights[caught]))
+        again = self.learner.answers(mine, _rows(batch, rows), overlay=overlay)
+        return _put(first, rows, again)
+
+    def close(self) -> None:
+        """Take the hooks away."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _seen(self, layer: int) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            bound = self._binding.now
+            watched = None if bound is None else bound.overlay
+            if isinstance(watched, _Watched) and watched.owner is self:
+                states = output if isinstance(output, Tensor) else output[0]
+                watched.features[layer] = masked_mean(states, watched.mask)
+
+        return hook
+
+
+def _rows(batch: Batch, rows: Tensor) -> Batch:
+    mask, beside = (None if each is None else each[rows] for each in (batch.mask, batch.beside))
+    longest = batch.input_ids.shape[1] if mask is None else int(mask.sum(1).max())
+    return Batch(
+        batch.input_ids[rows, :longest], None if mask is None else mask[:, :longest], batch.labels[rows], beside
+    )
+
+
+def _put(first: Answers, rows: Tensor, again: Answers) -> Answers:
+    guess = None if first.guess is None or again.guess is None else first.guess.index_copy(0, rows, again.guess)
+    columns = ("loss", "right", "asked")
+    loss, right, asked = (getattr(first, each).index_copy(0, rows, getattr(again, each)) for each in columns)
+    return Answers(loss, right, asked, guess)
+
+
+@dataclass
 class _Pending:
     """An overlay that is known only after the lower layers of the very pass that it is added to."""
 

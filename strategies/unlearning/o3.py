@@ -42,6 +42,8 @@ class SlotSettings:
     variant: Variant = "per-request"
     penalty: float = 0.1
     """Lambda of the overlap of A's (`carried` only)."""
+    least_steps: int = 0
+    """A request too small to fill so many steps is gone through more often."""
     redraw: bool = True
     """Draw the answers anew in every epoch (ours) or once (faithful): fixed ones are learned by heart, row by row."""
 
@@ -130,7 +132,8 @@ def _epochs(
     """Yield the batches of every epoch: the used rows in a new order, with answers drawn by the objective."""
     source = random.Random(f"unlearning/{seed}")
     tokens = request.tokens(learner.task, objective(request.examples, source))
-    for epoch in range(settings.epochs):
+    steps = -(-len(request.used) // settings.batch)
+    for epoch in range(max(settings.epochs, -(-settings.least_steps // steps))):
         if epoch and settings.redraw:
             tokens = request.tokens(learner.task, objective(request.examples, source))
         rows = request.used.tolist()

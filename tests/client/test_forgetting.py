@@ -16,7 +16,7 @@ from tasks.exported import ExportedClassifier
 from tasks.models import BaseModel, load_base, weights_digest
 from tests.queries import TINY, export_classifier, queries
 
-SHORT = ForgettingConfig(rank=2, epochs=1, batch=24)
+SHORT = ForgettingConfig(rank=2, epochs=1, least_steps=0, batch=24)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,13 @@ from tests.queries import LABELS, export_classifier, queries, write_queries
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["federation.rounds=1", "training.steps=1", "training.batch=4", "data.max_train=400", "data.max_eval=40"]
-QUICK = ["forgetting.rank=2", "forgetting.epochs=5", "forgetting.batch=10", "forgetting.rate=0.01"]
+QUICK = [
+    "forgetting.rank=2",
+    "forgetting.epochs=5",
+    "forgetting.least_steps=0",
+    "forgetting.batch=10",
+    "forgetting.rate=0.01",
+]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from strategies.federated.job import Job
 from strategies.unlearning.config import ForgettingConfig
 from tests.queries import LABELS, TINY, export_classifier, queries, write_queries
 
-QUICK = ForgettingConfig(rank=2, epochs=5, batch=10, rate=0.01, folds=0)
+QUICK = ForgettingConfig(rank=2, epochs=5, least_steps=0, batch=10, rate=0.01, folds=0)
 
 
 @pytest.fixture(scope="session")

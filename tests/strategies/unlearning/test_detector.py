@@ -85,7 +85,7 @@ def test_only_the_requests_rows_are_read_and_thresholds_come_from_the_held_back(
     tokens = request.tokens(learner.task)
     held = request_features(encoder, request, tokens, request.held_back)
     distances = Detectors([detector]).distances(held)[:, 0]
-    assert detector.threshold == pytest.approx(float(distances.quantile(0.95)))
+    assert detector.threshold == pytest.approx(float(distances.quantile(DetectorSettings().coverage)))
     assert detector.weight.held_back == pytest.approx(float(distances.mean()))
     used = Detectors([detector]).distances(request_features(encoder, request, tokens, request.used))[:, 0]
     assert detector.weight.used == pytest.approx(float(used.mean()))

@@ -15,7 +15,7 @@ from strategies.unlearning.class_statistics import Shape
 from strategies.unlearning.detector import Detector, Detectors, DetectorSettings, fit_detector
 from strategies.unlearning.encoder import SharedEncoder
 from strategies.unlearning.frames import OrthogonalFrames
-from strategies.unlearning.gate import ForgettingGate, GatedLearner, SamePass
+from strategies.unlearning.gate import ForgettingGate, GatedLearner, SamePass, SecondLook
 from strategies.unlearning.o3 import Slot, slot_bank
 from tasks.examples import Examples
 from tasks.learner import Learner
@@ -153,6 +153,49 @@ def test_detection_in_the_same_pass_answers_as_a_separate_one(
         assert torch.equal(learner.answers(values, batch).loss, plain)
 
 
+@pytest.mark.parametrize("users_count", [0, 3])
+def test_a_second_look_answers_as_a_separate_pass_and_keeps_all_other_rows_to_the_bit(
+    users_count: int, learner: Learner, rows: Callable[..., Examples]
+) -> None:
+    model = learner.start()
+    found = Detectors([detector(learner, rows(label), layers=(1, 2), values=model) for label in (2, 3)])
+    gate = ForgettingGate(found, slots(learner, 2))
+    batch = batch_of(learner, rows(0, 1, 2, 3))
+    values = model if not users_count else model.repeat(len(batch), 1)
+    encoder = SharedEncoder(learner.adapted, layers=(1, 2), factors=learner.layout.views(model))
+    separate = GatedLearner(learner, encoder, gate).answers(values, batch)
+    second = SecondLook(learner, gate)
+    passed: list[int] = []
+    hook = learner.adapted.base.register_forward_hook(
+        lambda module, inputs, output: passed.append(len(output.last_hidden_state))
+    )
+    looked = second.answers(values, batch)
+    hook.remove()
+    caught = (gate.weights(encoder.features(batch)) != 0).any(1)
+    assert passed[0] == len(batch) and passed[1:] == [int(caught.sum())] and not caught.all()
+    torch.testing.assert_close(looked.loss, separate.loss, atol=1e-5, rtol=1e-5)
+    assert looked.guess is not None and separate.guess is not None
+    assert torch.equal(looked.guess, separate.guess)
+    with torch.no_grad():
+        plain = learner.answers(values, batch).loss
+    assert torch.equal(looked.loss[~caught], plain[~caught])
+    assert (looked.loss[caught] != plain[caught]).all()
+    second.close()
+    with torch.no_grad():
+        assert torch.equal(learner.answers(values, batch).loss, plain)
+
+
+def test_a_second_look_at_nothing_is_one_pass(learner: Learner, rows: Callable[..., Examples]) -> None:
+    found = Detectors([replace(detector(learner, rows(2), layers=(2,)), threshold=-1e9)])
+    second = SecondLook(learner, ForgettingGate(found, slots(learner, 1)))
+    calls: list[int] = []
+    hook = learner.adapted.base.register_forward_hook(lambda *_: calls.append(1))
+    second.answers(learner.start(), batch_of(learner, rows(0, 2)))
+    hook.remove()
+    second.close()
+    assert len(calls) == 1
+
+
 def test_what_cannot_work_is_refused(gate: ForgettingGate, learner: Learner, rows: Callable[..., Examples]) -> None:
     with pytest.raises(ModelError, match=r"unlearning\.gate=hrad is unknown; did you mean 'hard'"):
         ForgettingGate(gate.detectors, gate.slots, "hrad")  # type: ignore[arg-type]
@@ -160,6 +203,9 @@ def test_what_cannot_work_is_refused(gate: ForgettingGate, learner: Learner, row
         ForgettingGate(gate.detectors, slots(learner, 3))
     with pytest.raises(ModelError, match="layers 1 to 1"):
         SamePass(learner, gate)
+    embedded = ForgettingGate(Detectors([detector(learner, rows(3), layers=(0,))]), slots(learner, 1))
+    with pytest.raises(ModelError, match=r"layers 1 to 2 of an encoder, not layers \[0\]; detect in a separate pass"):
+        SecondLook(learner, embedded)
     low = ForgettingGate(Detectors([detector(learner, rows(3), layers=(1,))]), slots(learner, 1))
     with pytest.raises(ModelError, match=r"layer\.0\.attention.*below layer 1.*separate pass"):
         SamePass(learner, low)

@@ -125,6 +125,17 @@ def test_only_the_requests_used_rows_are_read(learner: Learner, request_of: Call
     assert report["tensors_model"] > 0 and report["tensors_slots"] > 0 and report["tensors_request"] > 0
 
 
+@pytest.mark.parametrize(("least", "passes"), [(0, 1), (4, 2), (5, 2), (7, 3)])
+def test_a_small_request_is_gone_through_until_it_fills_the_least_steps(
+    least: int, passes: int, learner: Learner, request_of: Callable[..., AuditedRequest]
+) -> None:
+    request = request_of(3)
+    batch = -(-len(request.used) // 3)
+    settings = replace(QUICK, epochs=1, batch=batch, least_steps=least)
+    made = unlearn(learner, request, objective(3), model=learner.start(), slot=fresh(learner), settings=settings)
+    assert (made.steps, len(made.losses)) == (3 * passes, passes)
+
+
 @pytest.mark.parametrize("planted", ["tensor", "file"])
 def test_a_planted_read_of_retained_data_fails_the_request(
     planted: str, learner: Learner, request_of: Callable[..., AuditedRequest], monkeypatch: Any, tmp_path: Any
