@@ -15,6 +15,7 @@ from tests.server.service.conftest import (  # noqa: F401 - fixtures
     log,
     personal,
     site,
+    site_url,
     text_encoder,
     url,
 )

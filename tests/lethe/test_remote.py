@@ -25,6 +25,7 @@ from tests.server.service.conftest import (  # noqa: F401 - fixtures
     log,
     personal,
     site,
+    site_url,
     text_encoder,
     url,
 )

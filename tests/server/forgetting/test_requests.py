@@ -81,7 +81,7 @@ def test_a_row_that_no_request_is_near_to_is_answered_as_before_to_the_bit(reque
     for places, batch in served.learner.batches([(tokens, row) for row in range(len(tokens))]):
         far = untouched[torch.from_numpy(places)]
         plain = served.learner.answers(served.values, batch)
-        gated = served.learner.answers(served.values, batch, overlay=served._overlay(served.weights(batch)))
+        gated = served.learner.answers(served.values, batch, overlay=served.overlay(served.weights(batch)))
         assert torch.equal(plain.loss[far], gated.loss[far])
 
 
