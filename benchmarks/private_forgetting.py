@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
 
-from benchmarks.gated import through
+from benchmarks.gated_stream import through
 from benchmarks.intents import DOMAINS, Corpus, World, made_world, taken
 from benchmarks.measure import publish, settings
 from client.forgetting import PrivateForgetting
