@@ -38,7 +38,18 @@ from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from benchmarks.gated_stream import RECIPES, Asked, Found, Method, asked, forgetting, model_of, streamed, through
+from benchmarks.gated_stream import (
+    RECIPES,
+    Asked,
+    Found,
+    Method,
+    asked,
+    forgetting,
+    key_of,
+    model_of,
+    streamed,
+    through,
+)
 from benchmarks.intents import DOMAINS, Corpus, World, logits_of, made_world, taken, trained
 from benchmarks.measure import RESULTS, publish, settings
 from lethe.page import STYLE
