@@ -44,7 +44,7 @@ test-deployment: $(ALL) ## Run the tests that start a federation's processes on 
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m deployment $(ARGS)
 
 test-faults: $(ALL) ## Kill forget requests at every write, and compare how they end (minutes)
-	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults $(ARGS)
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults -n $(WORKERS) --dist load $(ARGS)
 
 soak: $(ALL) ## Load the service from all sides and watch its memory (10 minutes; others by SOAK=30)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 LETHE_SOAK=$(or $(SOAK),600) $(BIN)/python -m pytest -m slow -s tests/server/service/test_soak.py

@@ -25,7 +25,7 @@ from tests.queries import LABELS
 __all__ = ["played", "run"]
 pytest.importorskip("ray.serve")
 pytestmark = pytest.mark.deployment
-START = 180.0
+START = 300.0
 """Seconds that Ray, two replicas and their models may take to start on a busy machine."""
 
 
