@@ -18,18 +18,31 @@ from torch.profiler import ProfilerActivity, profile
 RESULTS = Path(__file__).parent / "results"
 
 
-def interleaved(variants: Mapping[str, Callable[[], None]], *, rounds: int, warmup: int = 2) -> dict[str, list[float]]:
-    """Time variants in turn, the order rotated every round, in CPU seconds (which load disturbs least)."""
+def seconds(device: str = "cpu") -> float:
+    """Read the clock that a device is timed by: CPU seconds of this process, which load disturbs least.
+
+    On a GPU the wall clock, once all that was asked of it is done.
+    """
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
+def interleaved(
+    variants: Mapping[str, Callable[[], None]], *, rounds: int, warmup: int = 2, device: str = "cpu"
+) -> dict[str, list[float]]:
+    """Time variants in turn, the order rotated every round, in the device's `seconds`."""
     names = list(variants)
     times: dict[str, list[float]] = {name: [] for name in names}
     for count in range(-warmup, rounds):
         turn = count % len(names)
         for name in names[turn:] + names[:turn]:
             gc.disable()
-            start = time.process_time()
+            start = seconds(device)
             variants[name]()
             if count >= 0:
-                times[name].append(time.process_time() - start)
+                times[name].append(seconds(device) - start)
             gc.enable()
     return times
 
@@ -63,12 +76,14 @@ def _allocations(seen: Any) -> list[tuple[int, int]]:
 
 def settings(**own: Any) -> dict[str, Any]:
     """Return what was run and on what: versions, cores, threads, and the benchmark's own settings."""
+    on_gpu = str(own.get("device", "cpu")).startswith("cuda")
     return {
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
+        **({"gpu": torch.cuda.get_device_name()} if on_gpu else {}),
         **own,
     }
 
