@@ -4,7 +4,7 @@
         [--courses texts few-shot missing] [--methods GS-LoRA SCRUB ...] [--requests 5] [--on test]
         [--base-rows 30] [--epochs 1] [--batch 16] [--forget 20] [--replay 6] [--asked N] [--retrained 0]
         [--attack-seeds 0] [--set rate=1e-3 ...] [--own "GS-LoRA++:prototype_forget=3" SCRUB:rate=1e-4 ...]
-        [--factors 0.3 1 3] [--search 1] [--one-classifier]
+        [--factors 0.3 1 3] [--search 1] [--one-classifier] [--device cuda]
 
 - texts: MiniLM on CLINC150 (a folder with data_full.json.gz and domains.json.gz); the domains work, travel, home and
   banking are forgotten, then single intents.
@@ -124,9 +124,10 @@ def texts(chosen: argparse.Namespace) -> Course:
     whole = [tuple(sorted(names[intent] for intent in domains[domain])) for domain in DOMAINS]
     rest = sorted(set(range(len(names))) - {label for each in whole for label in each})
     single = [(int(label),) for label in np.random.default_rng(0).permutation(rest)]
+    model = ModelConfig(name="minilm", device=chosen.device, dtype="float32")
     return Course(
         "texts",
-        lambda seed: text_classifier(ModelConfig(name="minilm", device="cpu"), classes=len(names), seed=seed),
+        lambda seed: text_classifier(model, classes=len(names), seed=seed),
         _at_most(splits.train, chosen.base_rows, classes=len(names)),
         _at_most(splits.test if chosen.on == "test" else splits.validation, chosen.asked, classes=len(names)),
         _at_most(splits.validation, chosen.asked, classes=len(names)),
@@ -420,6 +421,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--one-classifier", action="store_true", help="all seeds forget from one; they draw rows, adapters and batches"
     )
+    parser.add_argument("--device", default="cpu", help="of the course on texts: cpu, cuda, cuda:N")
     for name, usual in NUMBERS.items():
         parser.add_argument(f"--{name}", type=int, default=usual)
     parser.add_argument("--asked", type=int, help="rows of every class that accuracy is measured on; default: all")

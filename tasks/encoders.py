@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora.errors import DataError
+from tasks.device import CPU_TOKENS, MOST_TOKENS
 from tasks.examples import Examples
 from tasks.heads import Pooling, pool
 from tasks.images import Images
@@ -17,7 +18,6 @@ from tasks.models import BaseModel
 from tasks.tokens import Batch, Ids, Tokens, buckets, collate, tokenize_classification
 from tasks.vision import VitConfig, build_vit
 
-TOKENS_A_PASS = 2048
 IMAGES_A_PASS = 256
 PASS_OVERHEAD = 30.0
 """Tokens that a pass costs beside its own."""
@@ -98,7 +98,12 @@ class TextEncoder:
 
     def divided(self, rows: Rows) -> list[Ids]:
         """Divide tokens into passes of like length."""
-        return buckets(self.prepared(rows).lengths, overhead=PASS_OVERHEAD, budget=TOKENS_A_PASS)
+        budget = CPU_TOKENS if self._on_cpu else MOST_TOKENS
+        return buckets(self.prepared(rows).lengths, overhead=PASS_OVERHEAD, budget=budget)
+
+    @property
+    def _on_cpu(self) -> bool:
+        return self.base.placement.device.type == "cpu"
 
     def gathered(self, rows: Rows, places: Ids) -> Batch:
         """Pad some rows to the longest of them."""
@@ -107,10 +112,15 @@ class TextEncoder:
         return batch.to(self.base.placement.device)
 
     def features(self, inputs: Any) -> Tensor:
-        """Encode and pool, rows of like length together: half of a mixed batch of queries would be padding."""
+        """Encode and pool, rows of like length together: half of a mixed batch of queries would be padding.
+
+        On a GPU all at once: there a pass costs more than padding does.
+        """
         mask = inputs.mask
-        parts = [] if mask is None else buckets(mask.sum(1).cpu().numpy(), overhead=PASS_OVERHEAD, budget=TOKENS_A_PASS)
-        if mask is None or len(parts) == 1:
+        parts: list[Ids] = []
+        if mask is not None and self._on_cpu:
+            parts = buckets(mask.sum(1).numpy(), overhead=PASS_OVERHEAD, budget=CPU_TOKENS)
+        if mask is None or len(parts) < 2:
             states = self.base.model(input_ids=inputs.input_ids, attention_mask=mask).last_hidden_state
             return pool(states, inputs, self.pooling)
         # Looked up once: where the embeddings train, every look-up's gradient is as large as all of them.
@@ -174,7 +184,8 @@ class ImageEncoder:
 
     def gathered(self, rows: Rows, places: Ids) -> Tensor:
         """Return pixels `[rows, channels, side, side]`, float32."""
-        return torch.from_numpy(self.prepared(rows).pixels[places]).float() / 127.5 - 1
+        pixels = torch.from_numpy(self.prepared(rows).pixels[places])
+        return pixels.to(next(self.model.parameters()).device).float() / 127.5 - 1
 
     def features(self, inputs: Any) -> Tensor:
         """Encode and take the class token."""

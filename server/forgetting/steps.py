@@ -243,7 +243,8 @@ def _class_request(stage: Stage, request: RequestFile) -> ClassRequest:
     staying = set(stage.labels.values()) - gone
     replay = train.take(sampled(train, stage.store.config.replay, classes=staying, seed=stage.store.config.seed))
     classes = tuple(sorted(stage.labels[name] for name in request.classes))
-    return ClassRequest(classes, audited.examples.take(audited.used), replay)
+    earlier = tuple(sorted(stage.labels[name] for name in stage.store.manifest.forgotten))
+    return ClassRequest(classes, audited.examples.take(audited.used), replay, earlier=earlier)
 
 
 # --- A user's request ------------------------------------------------------------------------------------------------

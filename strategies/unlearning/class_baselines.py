@@ -30,6 +30,10 @@ class Drawn:
     retain: Gathered
     progress: float
 
+    def of_forgotten(self, values: Tensor) -> Tensor:
+        """Pick the entries `[rows, ...]` of the rows to forget from those of all such rows."""
+        return values[torch.from_numpy(self.forget.places).to(values.device)].to(self.student.device)
+
     def forget_logits(self) -> Tensor:
         """Answer the rows to forget; gradients flow."""
         return self.student.answer(self.forget.inputs)[1]
@@ -89,7 +93,7 @@ class NegativePreference:
 
     def losses(self, drawn: Drawn) -> Iterator[Tensor]:
         """Yield the preference loss and the retain loss."""
-        ratio = -drawn.forget_losses() - self.before[torch.from_numpy(drawn.forget.places)]
+        ratio = -drawn.forget_losses() - drawn.of_forgotten(self.before)
         yield 2 / self.beta * F.softplus(self.beta * ratio).mean() + drawn.retain_loss()
 
 
@@ -103,8 +107,7 @@ class RandomLabels:
 
     def losses(self, drawn: Drawn) -> Iterator[Tensor]:
         """Yield the loss with the other labels, and the retain loss."""
-        wanted = self.labels[torch.from_numpy(drawn.forget.places)]
-        yield F.cross_entropy(drawn.forget_logits(), wanted) + drawn.retain_loss()
+        yield F.cross_entropy(drawn.forget_logits(), drawn.of_forgotten(self.labels)) + drawn.retain_loss()
 
 
 class Scrub:
@@ -132,7 +135,7 @@ class Scrub:
 
 
 def _from_teacher(teacher: Tensor, rows: Gathered, logits: Tensor) -> Tensor:
-    target = teacher[torch.from_numpy(rows.places)]
+    target = teacher[torch.from_numpy(rows.places)].to(logits.device)
     return F.kl_div(F.log_softmax(logits, dim=1), target, reduction="batchmean", log_target=True)
 
 

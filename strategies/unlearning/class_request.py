@@ -29,6 +29,8 @@ class ClassRequest:
     retain: Rows
     prototypes: Prototypes | None = None
     """Class means of the original model, for GS-LoRA++."""
+    earlier: tuple[int, ...] = ()
+    """Classes that earlier requests have forgotten: their indices, nothing else is left of them."""
 
     def __post_init__(self) -> None:
         if not self.classes:
@@ -40,9 +42,17 @@ class ClassRequest:
         strange = np.setdiff1d(labels_of(self.forget), self.classes)
         if len(strange):
             raise DataError(f"rows to forget are of class {strange[0]}, which the request does not name")
-        kept = np.intersect1d(labels_of(self.retain), self.classes)
+        again = set(self.classes) & set(self.earlier)
+        if again:
+            raise DataError(f"class {min(again)} was forgotten by an earlier request; name it once")
+        kept = np.intersect1d(labels_of(self.retain), self.gone)
         if len(kept):
             raise DataError(f"the replay sample holds rows of class {kept[0]}, which is to be forgotten")
+
+    @property
+    def gone(self) -> tuple[int, ...]:
+        """The classes of this request and of all before it, ascending."""
+        return tuple(sorted((*self.classes, *self.earlier)))
 
     def check(self, classes: int) -> None:
         """Raise DataError where the classifier lacks a class of the request."""

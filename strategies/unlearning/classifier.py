@@ -45,6 +45,11 @@ class Classifier:
         self.evaluating()
 
     @property
+    def device(self) -> torch.device:
+        """Where it computes; what it returns without gradients lies on the CPU all the same."""
+        return self.head.weight.device
+
+    @property
     def classes(self) -> int:
         """Number of classes, forgotten ones included."""
         return self.head.out_features
@@ -57,15 +62,19 @@ class Classifier:
     def logits(self, rows: Rows) -> Tensor:
         """Return logits `[rows, classes]` without gradients."""
         with torch.no_grad():
-            return self.head(self.features(rows))  # type: ignore[no-any-return]
+            return self.head(self._features(rows)).cpu()  # type: ignore[no-any-return]
 
-    @torch.no_grad()
     def features(self, rows: Rows) -> Tensor:
         """Return features `[rows, width]` without gradients."""
+        return self._features(rows).cpu()
+
+    @torch.no_grad()
+    def _features(self, rows: Rows) -> Tensor:
         prepared = self.encoder.prepared(rows)
-        found = torch.empty(len(rows), self.encoder.width)
+        found = torch.empty(len(rows), self.encoder.width, device=self.device)
         for places in self.encoder.divided(prepared):
-            found[torch.from_numpy(places)] = self.encoder.features(self.encoder.gathered(prepared, places)).float()
+            made = self.encoder.features(self.encoder.gathered(prepared, places)).float()
+            found[torch.from_numpy(places).to(self.device)] = made
         return found
 
     def parameters(self) -> list[nn.Parameter]:
@@ -81,7 +90,7 @@ class Classifier:
 
     def copied(self) -> "Classifier":
         """Return a classifier with weights of its own."""
-        head = nn.Linear(self.head.in_features, self.head.out_features)
+        head = nn.Linear(self.head.in_features, self.head.out_features, device=self.device)
         head.load_state_dict(self.head.state_dict())
         return Classifier(self.encoder.copied(), head, fresh=self.fresh)
 
@@ -128,7 +137,7 @@ def text_classifier(model: ModelConfig, *, classes: int, max_length: int = 64, s
 
     def fresh(seed: int) -> Classifier:
         encoder = TextEncoder(load_base(model, causal=False), max_length=max_length)
-        return Classifier(encoder, _head(encoder.width, classes, seed=seed), fresh=fresh)
+        return Classifier(encoder, _head(encoder, classes, seed=seed), fresh=fresh)
 
     return fresh(seed)
 
@@ -138,18 +147,19 @@ def image_classifier(shape: VitConfig, *, classes: int, seed: int = 0) -> Classi
 
     def fresh(seed: int) -> Classifier:
         encoder = ImageEncoder.drawn(shape, seed=seed)
-        return Classifier(encoder, _head(encoder.width, classes, seed=seed), fresh=fresh)
+        return Classifier(encoder, _head(encoder, classes, seed=seed), fresh=fresh)
 
     return fresh(seed)
 
 
-def _head(width: int, classes: int, *, seed: int) -> nn.Linear:
+def _head(encoder: Encoder, classes: int, *, seed: int) -> nn.Linear:
+    width = encoder.width
     head = nn.Linear(width, classes)
     source = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         head.weight.uniform_(-(width**-0.5), width**-0.5, generator=source)
         head.bias.zero_()
-    return head
+    return head.to(next(encoder.module.parameters()).device)
 
 
 def recycled(count: int, size: int, *, rng: np.random.Generator) -> Iterator[Ids]:
@@ -203,7 +213,7 @@ class Gathered:
 def gathered(classifier: Classifier, rows: Rows, places: Ids) -> Gathered:
     """Return some of the prepared rows as one input."""
     inputs = classifier.encoder.gathered(rows, places)
-    return Gathered(places, inputs, torch.from_numpy(labels_of(rows)[places]))
+    return Gathered(places, inputs, torch.from_numpy(labels_of(rows)[places]).to(classifier.device))
 
 
 def step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:

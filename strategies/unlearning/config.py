@@ -52,6 +52,11 @@ class GsLoraConfig(Section):
     """Whether every example is bounded, or the mean of a batch (the released code), where some hide behind others."""
     forget_weight: float = Field(0.5, ge=0)
     """beta: weight of the forget loss."""
+    hold_weight: float = Field(0.0, ge=0)
+    """Weight of the loss that holds the classes of earlier requests down together with this one's, whatever is asked;
+    0 (the papers): what was forgotten earlier is in no later loss, and some of it comes back."""
+    hold_bound: float = Field(3.0, gt=0)
+    """That loss stops where a row gives all forgotten classes together a probability of classes^-hold_bound."""
     sparsity: float = Field(0.3, ge=0)
     """alpha of the group lasso; 0 leaves plain LoRA."""
     warmup: float = Field(0.3, ge=0, le=1)

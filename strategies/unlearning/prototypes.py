@@ -42,6 +42,10 @@ class Prototypes:
         far = torch.zeros(classes).index_add_(0, labels, divergences(means[labels], features))
         return cls(means, known, torch.where(known, far / counts.clamp(min=1), torch.zeros_like(far)))
 
+    def to(self, device: torch.device) -> "Prototypes":
+        """Return the prototypes on a device."""
+        return Prototypes(self.means.to(device), self.known.to(device), self.spread.to(device))
+
     def without(self, classes: Collection[int]) -> "Prototypes":
         """Return the prototypes without those of classes that are forgotten."""
         gone = torch.tensor(sorted(classes), dtype=torch.long)

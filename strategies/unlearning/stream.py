@@ -60,13 +60,14 @@ def requests(
         again = gone & set(named)
         if again:
             raise DataError(f"request {number} names class {min(again)}, which an earlier one has forgotten")
+        earlier = tuple(sorted(gone))
         gone |= set(named)
         staying = set(range(classes)) - gone - set(config.missing)
         if not staying:
             raise DataError(f"request {number} leaves no class; to forget everything, delete the classifier")
         forget = sampled(rows, config.forget, classes=named, seed=config.seed)
         retain = sampled(rows, config.replay, classes=staying, seed=config.seed)
-        yield ClassRequest(tuple(sorted(named)), rows.take(forget), rows.take(retain), prototypes)
+        yield ClassRequest(tuple(sorted(named)), rows.take(forget), rows.take(retain), prototypes, earlier)
         prototypes = None if prototypes is None else prototypes.without(named)
 
 

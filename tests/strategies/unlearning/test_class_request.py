@@ -21,6 +21,8 @@ BAD: dict[str, Callable[[Any], ClassRequest]] = {
     "nothing would stay": lambda toy: ClassRequest((1,), rows(toy, 1), rows(toy)),
     "does not name": lambda toy: ClassRequest((1,), rows(toy, 1, 3), rows(toy, 2)),
     "is to be forgotten": lambda toy: ClassRequest((1,), rows(toy, 1), rows(toy, 1, 2)),
+    "holds rows of class 3": lambda toy: ClassRequest((1,), rows(toy, 1), rows(toy, 2, 3), earlier=(3,)),
+    "class 1 was forgotten by an earlier": lambda toy: ClassRequest((1,), rows(toy, 1), rows(toy, 2), earlier=(1,)),
 }
 
 

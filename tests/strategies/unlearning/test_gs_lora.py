@@ -1,16 +1,19 @@
 """GS-LoRA: only the adapter trains, forgetting is bounded, blocks vanish, and merging changes no answer."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lora.errors import DataError
 from strategies.unlearning.classifier import Classifier
 from strategies.unlearning.config import BudgetConfig, GsLoraConfig
-from strategies.unlearning.gs_lora import GsLora, bounded_forgetting, forget_bound, prototype_loss
+from strategies.unlearning.gs_lora import GsLora, bounded_forgetting, forget_bound, holding, prototype_loss
 from strategies.unlearning.measures import Answers
 from strategies.unlearning.prototypes import Prototypes
 
@@ -72,6 +75,32 @@ def test_only_factors_of_the_feed_forward_matrices_train(proposal: Any) -> None:
         if part == "A" and not torch.equal(frame[name], proposal.factors["A", name])
     ]
     assert len(moved) == 6
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 10_000), st.floats(0.0, 12.0))
+def test_holding_stops_where_all_forgotten_classes_together_are_unlikely_enough(seed: int, bound: float) -> None:
+    logits = 4 * torch.randn(6, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    together = logits.softmax(1)[:, [1, 3]].sum(1)
+    expected = np.maximum(0, bound + np.log(together.numpy())).mean()
+    found = holding(logits.requires_grad_(True), torch.tensor([1, 3]), bound)
+    np.testing.assert_allclose(found.item(), expected, rtol=1e-9, atol=1e-9)
+    (moved,) = torch.autograd.grad(found, logits)
+    satisfied = np.log(together.detach().numpy()) < -bound
+    assert not moved[torch.from_numpy(satisfied)].any()
+
+
+def test_what_was_forgotten_earlier_is_less_likely_where_it_is_held(toy: Any) -> None:
+    asked = toy.request(8)
+    later = replace(toy.request(3), retain=asked.retain.take(np.flatnonzero(asked.retain.labels != 3)), earlier=(8,))
+    rows = toy.splits.test
+    left = {}
+    for weight in (0.0, 1.0):
+        method = GsLora(config(hold_weight=weight, sparsity=0.0))
+        model = method.forget(toy.classifier, asked, BUDGET, seed=0).model
+        model = method.forget(model, later, BUDGET, seed=1).model
+        left[weight] = float(model.logits(rows).softmax(1)[:, 8].log().mean())
+    assert left[1.0] < left[0.0] - 1
 
 
 def test_every_request_gets_an_adapter_of_its_own(toy: Any) -> None:

@@ -55,7 +55,9 @@ def test_requests_come_in_order_with_rows_of_what_is_left(toy: Any) -> None:
     assert [each.classes for each in made] == [(8, 9), (3,), (5,)]
     gone: set[int] = set()
     for each in made:
+        assert set(each.earlier) == gone
         gone |= set(each.classes)
+        assert set(each.gone) == gone
         labels, counts = np.unique(each.retain.labels, return_counts=True)
         assert set(labels.tolist()) == set(range(10)) - gone and set(counts.tolist()) == {4}
         labels, counts = np.unique(each.forget.labels, return_counts=True)
