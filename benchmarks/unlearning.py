@@ -1,6 +1,6 @@
 """Classes forgotten one request after another: GS-LoRA(++) beside its baselines, measured to the end of the stream.
 
-    python -m benchmarks.unlearning [--texts FOLDER] [--images FILE.npz] [--cache FOLDER] [--seeds 1]
+    python -m benchmarks.unlearning [--texts FOLDER] [--images FILE.npz] [--cache FOLDER] [--seeds 1] [--first-seed 0]
         [--courses texts few-shot missing] [--methods GS-LoRA SCRUB ...] [--requests 5] [--on test]
         [--base-rows 30] [--epochs 1] [--batch 16] [--forget 20] [--replay 6] [--asked N] [--retrained 0]
         [--attack-seeds 0] [--set rate=1e-3 ...] [--own "GS-LoRA++:prototype_forget=3" SCRUB:rate=1e-4 ...]
@@ -59,7 +59,7 @@ from tasks.vision import VitConfig
 DOMAINS = ("work", "travel", "home", "banking")
 COURSES = ("texts", "few-shot", "missing")
 NUMBERS = {"seeds": 1, "requests": 6, "base-rows": 30, "epochs": 1, "batch": 16, "forget": 20, "replay": 6,
-           "retrained": 0, "attack-seeds": 0, "search": 1}  # fmt: skip
+           "retrained": 0, "attack-seeds": 0, "search": 1, "first-seed": 0}  # fmt: skip
 RATES = {
     "gradient ascent": 6e-5,
     "gradient difference": 1e-4,
@@ -263,11 +263,11 @@ def measured(course: Course, chosen: argparse.Namespace, lines: list[list[str]])
     known = {name: method(course, name, settled=settled, own=own.get(name, {}), factor=factor)
              for name, factor in factors.items()}  # fmt: skip
     found = {name: Found() for name in known}
-    for seed in range(chosen.seeds):
+    for seed in range(chosen.first_seed, chosen.first_seed + chosen.seeds):
         first = 0 if chosen.one_classifier else seed
         classifier = trained(course, seed=first, cache=chosen.cache and Path(chosen.cache))
         stream = asked(course, classifier, seed=seed)
-        attacking = seed < chosen.attack_seeds
+        attacking = seed < chosen.first_seed + chosen.attack_seeds
         before = Answers.of(classifier, course.unseen)
         gold = retrained(course, stream, count=chosen.retrained if attacking else 0, seed=seed, lines=lines)
         for name, each in found.items():
