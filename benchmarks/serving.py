@@ -1,14 +1,17 @@
 """Many users' adapters in one batch, against the bare model and PEFT's mixed batch; and servers under load.
 
     python -m benchmarks.serving [--parts passes rows load] [--rounds 15] [--model minilm] [--decoder DIRECTORY]
-        [--seconds 10] [--smoke]
+        [--seconds 10] [--device cpu] [--dtype float32] [--smoke]
 
 Passes: a batch of 32 rows of 32 different users, rank 8, in CPU seconds on one thread, variants interleaved. `base` is
 the model without adapters, `bank` a gather of 32 slots and the adapted model, `peft` PEFT's `adapter_names` with the
 same adapters loaded (as many as the batch has; PEFT grows slower with every one that is loaded besides). Before
 anything is timed, bank and PEFT must agree to 1e-5. `n10000_over_n32` is the bank with so many users over the bank
 with 32, fresh users in every pass. Decoding is steps of one token after a prompt of 32, keys and values kept; the
-slots are gathered once, when the rows join, and the same is true of PEFT's batch.
+slots are gathered once, when the rows join, and the same is true of PEFT's batch. On a GPU (`--device cuda`, passes
+only) all of it is timed by the clock and its figures end in `_gpu`; a half-precision base (`--dtype bfloat16`) adds
+`_bf16`. There bank and PEFT must agree far better than they differ from the bare model, and the decoder's prompt alone
+is compared, since rounding may choose another token.
 
 Load: two servers of the same make (FastAPI, uvicorn, one process, one torch thread) that embed texts with users'
 adapters, asked by a second process over kept connections: the service, and one that calls PEFT for every request (its
@@ -35,7 +38,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.measure import interleaved, paired_ratio, publish, settings
+from benchmarks.measure import interleaved, paired_ratio, publish, seconds, settings
 from lora.codec import Layout
 from lora.config import AdapterConfig
 from lora.model import AdaptedModel
@@ -45,6 +48,7 @@ from server.service.warm import Kept, WarmSlots
 from strategies.personal.rows import NUMBERS, NamedRows
 from strategies.personal.slots import UserSlots
 from tasks.config import ModelConfig
+from tasks.device import place
 from tasks.models import BaseModel, byte_tokenizer, load_base
 
 ADAPTER = AdapterConfig(rank=8, alpha=16)
@@ -94,6 +98,16 @@ class Work:
         """The base of the bank."""
         return self.load()
 
+    @property
+    def device(self) -> torch.device:
+        """Where all of it computes."""
+        return self.base.placement.device
+
+    @property
+    def exact(self) -> bool:
+        """Whether it computes in float32."""
+        return self.base.placement.dtype == torch.float32
+
     @cached_property
     def adapted(self) -> AdaptedModel:
         """The model of the bank."""
@@ -101,7 +115,7 @@ class Work:
 
     def bank(self, users: int) -> WarmSlots:
         """Return warm slots of so many users, all in memory."""
-        warm = WarmSlots(Drawn(UserSlots.of(self.adapted).layout), rows=users)
+        warm = WarmSlots(Drawn(UserSlots.of(self.adapted).layout), rows=users, device=self.device)
         for first in range(0, users, 100):
             names = [f"user-{number}" for number in range(first, min(first + 100, users))]
             warm.gather(names, warm.buffer(len(names)))
@@ -113,13 +127,14 @@ class Work:
         config = LoraConfig(
             r=ADAPTER.rank, lora_alpha=int(ADAPTER.alpha), target_modules=[site.name for site in self.adapted.sites]
         )
-        model = get_peft_model(self.load().model, config, adapter_name="user-0").eval()
+        # Its adapters keep the base's precision, as the bank's products do.
+        model = get_peft_model(self.load().model, config, adapter_name="user-0", autocast_adapter_dtype=False).eval()
         layout = UserSlots.of(self.adapted).layout
         found = Drawn(layout).kept(USERS).values
         inner: Any = model.base_model.model
         for user in range(ROWS):
             if user:
-                model.add_adapter(f"user-{user}", config)
+                model.add_adapter(f"user-{user}", config, autocast_adapter_dtype=False)
             views = layout.views(found[user])
             for site in self.adapted.sites:
                 layer = inner.get_submodule(site.name)
@@ -131,20 +146,22 @@ class Work:
         """Return random tokens, `[32, tokens]`."""
         config: Any = self.base.model.config
         vocabulary = int(config.vocab_size)
-        return torch.randint(5, vocabulary, (ROWS, tokens), generator=torch.Generator().manual_seed(tokens))
+        found = torch.randint(5, vocabulary, (ROWS, tokens), generator=torch.Generator().manual_seed(tokens))
+        return found.to(self.device)
 
 
 USERS = [f"user-{number}" for number in range(ROWS)]
 
 
-def encoder_of(name: str) -> Work:
-    """Return the work of an encoder by name."""
-    return Work(lambda: load_base(ModelConfig(name=name, device="cpu"), causal=False))
+def encoder_of(name: str, where: Mapping[str, Any]) -> Work:
+    """Return the work of an encoder by name; `where` has device and dtype."""
+    return Work(lambda: load_base(ModelConfig(name=name, **where), causal=False))
 
 
-def small_llama() -> BaseModel:
+def small_llama(where: Mapping[str, Any]) -> BaseModel:
     """Return a Llama of 17 million numbers drawn at random: how long it takes does not depend on what they are."""
-    model = LlamaForCausalLM(
+    placement = place(ModelConfig(**where))
+    model: nn.Module = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=8192, hidden_size=384, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=6,
             num_key_value_heads=6,
@@ -155,14 +172,15 @@ def small_llama() -> BaseModel:
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0.0, parameter.shape[-1] ** -0.5, generator=source)
-    return BaseModel(model, byte_tokenizer(), "small-llama", True)
+            parameter.data = parameter.data.to(placement.dtype)
+    return BaseModel(model.to(placement.device), byte_tokenizer(), "small-llama", True, placement)
 
 
-def decoder_of(path: str | None, *, tiny: bool) -> Work:
+def decoder_of(path: str | None, where: Mapping[str, Any], *, tiny: bool) -> Work:
     """Return the work of a decoder in a directory, of the small Llama, or of a tiny one."""
     if path is None and not tiny:
-        return Work(small_llama)
-    found = ModelConfig(name="tiny-llama", path=path, device="cpu")
+        return Work(lambda: small_llama(where))
+    found = ModelConfig(name="tiny-llama", path=path, **where)
     return Work(lambda: load_base(found, causal=True))
 
 
@@ -189,42 +207,50 @@ def encoding(work: Work, *, tokens: int, warm: WarmSlots, names: Callable[[], li
     return run
 
 
-def decoding(work: Work, *, warm: WarmSlots, names: Callable[[], list[str]]) -> Callable[[], Tensor]:
+def decoding(
+    work: Work, *, warm: WarmSlots, names: Callable[[], list[str]], steps: int = STEPS
+) -> Callable[[], Tensor]:
     """Return a prefill and some steps of the decoder through the bank, as the service does it."""
-    ids, kept = work.ids(PROMPT), warm.buffer(ROWS)
+    ids, kept = work.ids(PROMPT).cpu(), warm.buffer(ROWS)
 
     def run() -> Tensor:
         rows = Decoding(work.base, work.adapted, warm.turned, slots=kept)
         warm.gather(names(), rows.free)
         logits = rows.join([*ids], range(ROWS))
-        for _ in range(STEPS):
+        for _ in range(steps):
             logits = rows.step(logits.argmax(1))
         return logits
 
     return run
 
 
-def stepping(model: nn.Module, ids: Tensor, **more: Any) -> Callable[[], Tensor]:
-    """Return the same of a model of transformers."""
+def stepping(model: nn.Module, ids: Tensor, *, steps: int = STEPS, **more: Any) -> Callable[[], Tensor]:
+    """Return the same of a model of transformers; tokens are chosen on the CPU, as the service does it."""
 
     def run() -> Tensor:
         cache = DynamicCache()
-        logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **more).logits[:, -1]
-        for _ in range(STEPS):
+        given = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1, **more}
+        logits: Tensor = model(input_ids=ids, **given).logits[:, -1].float().cpu()
+        for _ in range(steps):
             token = logits.argmax(1, keepdim=True)
-            logits = model(input_ids=token, past_key_values=cache, use_cache=True, **more).logits[:, -1]
-        found: Tensor = logits
-        return found
+            logits = model(input_ids=token.to(ids.device), **given).logits[:, -1].float().cpu()
+        return logits
 
     return run
 
 
-def agree(one: Tensor, other: Tensor, bare: Tensor, what: str) -> None:
+def agree(work: Work, what: str, *, bank: Tensor, peft: Tensor, bare: Tensor) -> None:
     """Stop unless bank and PEFT answer the same, and not what the bare model does."""
-    worst, effect = float((one - other).abs().max()), float((one - bare).abs().max())
+    worst, effect = float((bank - peft).abs().max()), float((bank - bare).abs().max())
     print(f"{what}: bank and PEFT differ by {worst:.1e}, and from the bare model by {effect:.1e}")
     assert effect > 1e-3, "the adapters change nothing"
-    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    if work.exact:
+        # A GPU adds up in another order in every kernel.
+        loose = 10.0 if work.device.type == "cuda" else 1.0
+        torch.testing.assert_close(bank, peft, rtol=loose * 1e-4, atol=loose * 1e-5)
+    else:
+        share = float((bank - peft).float().norm() / (bank - bare).float().norm())
+        assert share < 0.3, f"bank and PEFT differ by {share:.2f} of what the adapters change"
 
 
 def silent(call: Callable[[], Tensor]) -> Callable[[], None]:
@@ -252,36 +278,44 @@ def encoder_passes(
         found: Tensor = work.bare(input_ids=ids, attention_mask=mask).last_hidden_state
         return found
 
-    agree(bank(), peft(), bare(), f"encoder, {tokens} tokens")
+    agree(work, f"encoder, {tokens} tokens", bank=bank(), peft=peft(), bare=bare())
     calls: dict[str, Callable[[], Tensor]] = {
         "base": bare,
         "bank": encoding(work, tokens=tokens, warm=few, names=fresh(ROWS)),
         "many": encoding(work, tokens=tokens, warm=large, names=fresh(many)),
         "peft": peft,
     }
-    return interleaved({name: silent(call) for name, call in calls.items()}, rounds=rounds)
+    return interleaved({name: silent(call) for name, call in calls.items()}, rounds=rounds, device=work.device.type)
 
 
 def decoder_passes(work: Work, *, rounds: int) -> dict[str, list[float]]:
     """Time the decoder in the same way."""
     ids = work.ids(PROMPT)
-    bank = decoding(work, warm=work.bank(ROWS), names=lambda: USERS)
-    peft, bare = stepping(work.peft, ids, adapter_names=USERS), stepping(work.bare, ids)
-    agree(bank(), peft(), bare(), "decoder")
-    calls = {"base": bare, "bank": bank, "peft": peft}
-    return interleaved({name: silent(call) for name, call in calls.items()}, rounds=rounds)
+    warm = work.bank(ROWS)
+
+    def calls(steps: int) -> dict[str, Callable[[], Tensor]]:
+        return {
+            "bare": stepping(work.bare, ids, steps=steps),
+            "bank": decoding(work, warm=warm, names=lambda: USERS, steps=steps),
+            "peft": stepping(work.peft, ids, steps=steps, adapter_names=USERS),
+        }
+
+    found = {name: call() for name, call in calls(STEPS if work.exact else 0).items()}
+    agree(work, "decoder", **found)
+    timed = {"base" if name == "bare" else name: silent(call) for name, call in calls(STEPS).items()}
+    return interleaved(timed, rounds=rounds, device=work.device.type)
 
 
 def added(work: Work, *, count: int) -> float:
     """Return the median milliseconds until a new user's slot can answer: written, and gathered once."""
     slots = UserSlots.of(work.adapted)
-    warm, out, spent = WarmSlots(BankSource(slots), rows=count), None, []
-    values = slots_of(slots.layout.size, count)
-    out = warm.buffer(1)
+    warm, spent = WarmSlots(BankSource(slots), rows=count, device=work.device), []
+    values, out = slots_of(slots.layout.size, count), warm.buffer(1)
     for number in range(count):
         began = time.perf_counter()
         slots.add([f"new-{number}"], values[number])
         warm.gather([f"new-{number}"], out)
+        seconds(work.device.type)  # On a GPU, until it is there.
         spent.append(1000 * (time.perf_counter() - began))
     return statistics.median(spent)
 
@@ -327,8 +361,13 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 32, 100, 1000])
     parser.add_argument("--users", type=int, default=1000, help="users of the loaded service")
     parser.add_argument("--parts", nargs="+", choices=[*PARTS], default=[*PARTS], help="what is measured; all of it")
+    parser.add_argument("--device", default="cpu", help="of the passes: cpu, cuda or cuda:N")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the passes' base")
     parser.add_argument("--smoke", action="store_true", help="everything tiny, and nothing written")
     chosen = parser.parse_args()
+    end = ("" if chosen.device == "cpu" else "_gpu") + ("" if chosen.dtype == "float32" else "_bf16")
+    if end and chosen.parts != ["passes"]:
+        parser.error("rows and load are measured on the CPU in float32; add --parts passes")
     if chosen.smoke:
         chosen.model, chosen.rounds, chosen.many, chosen.million = "tiny-bert", 2, 100, 1000
         chosen.seconds, chosen.clients, chosen.users = 0.5, [1, 32], 40
@@ -337,6 +376,8 @@ def main() -> None:
     for part in chosen.parts:
         with torch.no_grad():
             figures, rows = PARTS[part](chosen)
+        figures = {f"{name}{end}": value for name, value in figures.items()}
+        rows = [[f"{row[0]}{end}", *row[1:]] for row in rows]
         known = {row[0] for row in rows}
         table = [["what", "median", "spread"], *rows]
         table += [[name, f"{value:.3g}", ""] for name, value in figures.items() if name not in known]
@@ -344,7 +385,7 @@ def main() -> None:
             print(json.dumps(figures, indent=1))
         else:
             told = settings(decoder="given" if chosen.decoder else "small-llama", **about)
-            publish("serving", figures=figures, rows=table, about=told, part=part)
+            publish("serving", figures=figures, rows=table, about=told, part=f"{part}{end}")
 
 
 Found = tuple[dict[str, float], list[list[str]]]
@@ -355,7 +396,8 @@ def passes(chosen: argparse.Namespace) -> Found:
     """Measure batches of 32 users, and adding a user."""
     figures: dict[str, float] = {}
     rows: list[list[str]] = []
-    encoder = encoder_of(chosen.model)
+    where = {"device": chosen.device, "dtype": chosen.dtype}
+    encoder = encoder_of(chosen.model, where)
     few, large = encoder.bank(ROWS), encoder.bank(chosen.many)
     for tokens in (8, 32, 128):
         times = encoder_passes(encoder, tokens=tokens, few=few, large=large, many=chosen.many, rounds=chosen.rounds)
@@ -363,7 +405,7 @@ def passes(chosen: argparse.Namespace) -> Found:
         if tokens == 32:
             _ratio(times, "many", "bank", key=f"n{chosen.many}_over_n32", figures=figures, rows=rows)
     del few, large
-    decoder = decoder_of(chosen.decoder, tiny=chosen.smoke)
+    decoder = decoder_of(chosen.decoder, where, tiny=chosen.smoke)
     _ratios(decoder_passes(decoder, rounds=chosen.rounds), "decode", figures, rows)
     figures["add_user_ms"] = added(encoder, count=min(200, chosen.many))
     return figures, rows
@@ -371,7 +413,7 @@ def passes(chosen: argparse.Namespace) -> Found:
 
 def rows_kept(chosen: argparse.Namespace) -> Found:
     """Measure a million users' rows."""
-    return _million(encoder_of(chosen.model), chosen.million), []
+    return _million(encoder_of(chosen.model, {"device": "cpu", "dtype": "float32"}), chosen.million), []
 
 
 def load(chosen: argparse.Namespace) -> Found:
