@@ -85,7 +85,7 @@ class Work:
         """Two answer tokens for a decoder, a frozen head of two classes for an encoder."""
         if self.causal:
             return AnswerToken((5, 9))
-        weight = random_weight(2, self.base.width, seed=0)
+        weight = random_weight(2, self.base.width, seed=0).to(self.base.placement.device)
 
         def head(base: nn.Module, batch: Batch) -> Tensor:
             states = base(input_ids=batch.input_ids, attention_mask=batch.mask).last_hidden_state
@@ -134,6 +134,7 @@ class Rival:
         """Train the active adapter's B's on a batch of a user's events."""
         optimizer = make(own)
         batch = collate([(events.tokens, row) for row in range(len(events.tokens))], pad=self.pad)
+        batch = batch.to(self.work.base.placement.device)
         for _ in range(CONFIG.steps):
             optimizer.zero_grad()
             torch.autograd.backward(self.work.loss(self.inner, batch).mean())
@@ -154,7 +155,7 @@ class Rival:
                 b.data.zero_()
             self.train(each, own, make)
             found.append(torch.cat([b.detach().flatten() for b in own]))
-        return torch.stack(found)
+        return torch.stack(found).cpu()
 
 
 def adamw(own: list[nn.Parameter]) -> torch.optim.Optimizer:
@@ -184,7 +185,7 @@ def compared(work: Work, *, users: int, each: int, rounds: int) -> dict[str, lis
         "adapters": lambda: fresh.pop().adapters(events),
         "loaded": lambda: void(swapped.loaded(events, adamw)),
     }
-    return interleaved(variants, rounds=rounds, warmup=1)
+    return interleaved(variants, rounds=rounds, warmup=1, device=work.model.device)
 
 
 def void(_: Any) -> None:
@@ -274,12 +275,14 @@ def main() -> None:
     parser.add_argument("--many", type=int, default=100_000, help="users of the larger store")
     parser.add_argument("--update-users", type=int, default=200)
     parser.add_argument("--minilm-users", type=int, default=8, help="users of MiniLM, whose rounds take long; 0: none")
+    parser.add_argument("--device", default="cpu", help="cuda: users a second alone, in keys that end in _gpu")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
+    placed = {"device": chosen.device, "dtype": "float32"}
     decoder = {"path": chosen.stories} if chosen.stories else {"name": "tiny-llama"}
-    works = {"decoder": (Work(ModelConfig(**decoder, device="cpu"), causal=True), chosen.users)}
+    works = {"decoder": (Work(ModelConfig(**decoder, **placed), causal=True), chosen.users)}
     if chosen.minilm_users:
-        works["minilm"] = (Work(ModelConfig(name="minilm", device="cpu"), causal=False), chosen.minilm_users)
+        works["minilm"] = (Work(ModelConfig(name="minilm", **placed), causal=False), chosen.minilm_users)
     figures: dict[str, float] = {}
     rows = [["work", "what", "median", "spread"]]
     for name, (work, users) in works.items():
@@ -287,9 +290,13 @@ def main() -> None:
         for each in (1, 2, 20):
             times = compared(work, users=users, each=each, rounds=chosen.rounds)
             _report(times, name=name, each=each, users=users, figures=figures, rows=rows)
-    _storage(works["decoder"][0], many=chosen.many, figures=figures, rows=rows)
-    _update(works["decoder"][0], users=chosen.update_users, figures=figures, rows=rows)
-    publish("personal", figures=figures, rows=rows, about=settings(**_about(chosen)))
+    part, about = "cpu", settings(**_about(chosen))
+    if chosen.device == "cpu":
+        _storage(works["decoder"][0], many=chosen.many, figures=figures, rows=rows)
+        _update(works["decoder"][0], users=chosen.update_users, figures=figures, rows=rows)
+    else:
+        part, figures = "gpu", {f"{key}_gpu": value for key, value in figures.items()}
+    publish("personal", figures=figures, rows=rows, about=about, part=part)
 
 
 def _about(chosen: argparse.Namespace) -> dict[str, Any]:

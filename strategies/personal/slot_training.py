@@ -17,8 +17,9 @@ from strategies.personal.losses import RowLoss
 from strategies.personal.slot_batches import Cost, SlotBatch, UserEvents, divide, tokens_of, units
 from strategies.personal.slot_optimizer import Moments, SlotSteps, step
 from strategies.personal.slots import UserSlots
-from tasks.device import CPU_TOKENS
+from tasks.device import Room, free_bytes
 from tasks.learner import GPU_OVERHEAD_FLOP, OVERHEAD_FLOP
+from tasks.memory import memory_of
 from tasks.parallel import even_budget, spread, workers
 
 FACTOR: tuple[Part, ...] = ("B",)
@@ -74,10 +75,12 @@ class SlotTrainer:
     | users with different numbers of rows | groups are filled with rows of weight zero |
     """
 
-    def __init__(self, adapted: AdaptedModel, loss: RowLoss, *, pad: int, tokens: int = CPU_TOKENS) -> None:
-        self.adapted, self.loss, self.pad, self.tokens = adapted, loss, pad, tokens
+    def __init__(self, adapted: AdaptedModel, loss: RowLoss, *, pad: int, tokens: int | None = None) -> None:
+        """Train passes of at most `tokens`; None: as many as suit the device and its free memory."""
+        self.adapted, self.loss, self.pad = adapted, loss, pad
         self.layout = Layout(adapted.entries("B"))
         self.device = next(adapted.base.parameters()).device
+        self.tokens = self._room().tokens if tokens is None else tokens
         self._flop = 6 * sum(site.d_in * site.d_out for site in adapted.sites)
 
     def __call__(
@@ -105,6 +108,13 @@ class SlotTrainer:
 
         spread(train, [float(tokens_of([events[user] for user in unit])) for unit in divided], count=self._workers)
         return TrainedSlots(values, losses, state)
+
+    def _room(self) -> Room:
+        free = free_bytes(self.device)
+        if free is None:
+            return Room()
+        memory = memory_of(self.adapted, self.layout, causal=False, recomputed=self.adapted.recomputes)
+        return Room.within(free, token=memory.token, row=memory.row)
 
     @property
     def _workers(self) -> int:
