@@ -3,7 +3,6 @@
 import gzip
 import json
 import math
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from benchmarks.measure import seconds
+from lora.bank import Bank
 from lora.config import AdapterConfig
 from lora.gate import Gate
 from lora.model import AdaptedModel
@@ -28,13 +29,39 @@ from tasks.models import load_base
 from tasks.tokens import IGNORED, Tokens, collate, tokenize_causal, tokenize_classification
 
 VOCABULARY = 4096
-WIDTH = 192
-LAYERS = 3
+HEAD = 32
+"""Width of an attention head."""
 LONGEST = 192
 ANSWER = 80
 """Tokens that an answer may have."""
 TOGETHER = 64
 """Questions that are answered in one batch, padded on the left."""
+TOGETHER_ON_GPU = 256
+"""The same where a step takes as long for all of them as for a few."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How large the model is and how it learns the pairs; the defaults make 2 M parameters."""
+
+    epochs: int = 20
+    width: int = 192
+    """A multiple of 32, which is the width of a head."""
+    layers: int = 3
+    batch: int = 8
+    """Pairs of a step."""
+    rate: float = 2e-3
+    """AdamW's largest rate; it rises to it over a twentieth of the steps and falls to zero."""
+    device: str = "cpu"
+
+    @property
+    def key(self) -> str:
+        """What a trained model's folder is named by: the passes, and whatever is not as by default."""
+        usual = Training(epochs=self.epochs)
+        other = [f"{name}{getattr(self, name):g}" for name in ("width", "layers", "batch", "rate")
+                 if getattr(self, name) != getattr(usual, name)]  # fmt: skip
+        where = [] if self.device == "cpu" else [self.device.partition(":")[0]]
+        return "-".join([str(self.epochs), *other, *where])
 
 
 def prompt(question: str) -> str:
@@ -113,24 +140,24 @@ class World:
     training_s: float
 
     def features(self, questions: Sequence[str]) -> Tensor:
-        """Return the encoder's features of questions, in their order."""
+        """Return the encoder's features of questions, in their order, on the CPU."""
         tokens = tokenize_classification(Examples(tuple(questions)), self.tokenizer, max_length=64)
         order = tokens.lengths.argsort(kind="stable")
         chunks = [order[start : start + 128] for start in range(0, len(order), 128)]
         batches = (collate([(tokens, int(row)) for row in chunk], pad=self.encoder.pad) for chunk in chunks)
-        found = torch.cat([self.encoder.features(batch) for batch in batches])
+        found = torch.cat([self.encoder.features(batch).cpu() for batch in batches])
         return found[torch.from_numpy(order.argsort())]
 
 
-def made_world(folder: Path, pairs: Pairs, *, name: str, epochs: int, seed: int, texts: Sequence[str]) -> World:
+def made_world(folder: Path, pairs: Pairs, *, name: str, how: Training, seed: int, texts: Sequence[str]) -> World:
     """Train the model on pairs, or take it from the folder; `texts` are what the tokenizer is made of."""
-    place = folder / f"tofu-{name}-{epochs}-{seed}"
+    place = folder / f"tofu-{name}-{how.key}-{seed}"
     if not (place / "seconds").is_file():
-        _train(place, pairs, texts, epochs=epochs, seed=seed)
-    config = ModelConfig(path=str(place), device="cpu", dtype="float32")
+        _train(place, pairs, texts, how=how, seed=seed)
+    config = ModelConfig(path=str(place), device=how.device, dtype="float32")
     task = TaskConfig(kind="causal-lm", max_length=LONGEST)
     learner = build_learner(config, task, AdapterConfig(rank=8, targets="all"), labels=(), trains_frame=False)
-    base = load_base(ModelConfig(name="minilm", device="cpu", dtype="float32"), causal=False)
+    base = load_base(ModelConfig(name="minilm", device=how.device, dtype="float32"), causal=False)
     adapted = AdaptedModel.attach(base.model, AdapterConfig(rank=8))
     encoder = SharedEncoder(adapted, layers=(6,), pad=int(base.tokenizer.pad_token_id))
     return World(learner, encoder, base.tokenizer, float((place / "seconds").read_text()))
@@ -149,21 +176,28 @@ def _tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def _train(place: Path, pairs: Pairs, texts: Sequence[str], *, epochs: int, seed: int) -> None:
-    begun = time.process_time()
+def drawn_model(tokenizer: PreTrainedTokenizerFast, how: Training, *, seed: int) -> LlamaForCausalLM:
+    """Draw the model, the same numbers on every device."""
     torch.manual_seed(seed)
-    tokenizer = _tokenizer(texts)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=8 * WIDTH // 3, num_hidden_layers=LAYERS,
-        num_attention_heads=6, max_position_embeddings=LONGEST, tie_word_embeddings=True,
+    width = how.width
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=8 * width // 3, num_hidden_layers=how.layers,
+        num_attention_heads=width // HEAD, max_position_embeddings=LONGEST, tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
     ))  # fmt: skip
+
+
+def _train(place: Path, pairs: Pairs, texts: Sequence[str], *, how: Training, seed: int) -> None:
+    begun, device, epochs = seconds(how.device), torch.device(how.device), how.epochs
+    tokenizer = _tokenizer(texts)
+    model = drawn_model(tokenizer, how, seed=seed)
+    model.to(device)  # type: ignore[arg-type]
     tokens = tokenize_causal(pairs.examples, tokenizer, max_length=LONGEST)
-    lots = list(_lots(tokens, epochs=epochs, seed=seed))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=len(lots), pct_start=0.05)
+    lots = list(_lots(tokens, epochs=epochs, seed=seed, size=how.batch))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=how.rate, betas=(0.9, 0.95), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=how.rate, total_steps=len(lots), pct_start=0.05)
     for number, lot in enumerate(lots):
-        batch = collate([(tokens, int(row)) for row in lot], pad=int(tokenizer.pad_token_id))
+        batch = collate([(tokens, int(row)) for row in lot], pad=int(tokenizer.pad_token_id)).to(device)
         labels = batch.input_ids if batch.mask is None else batch.input_ids.masked_fill(batch.mask == 0, IGNORED)
         loss = model(input_ids=batch.input_ids, labels=labels, use_cache=False).loss
         optimizer.zero_grad()
@@ -172,16 +206,14 @@ def _train(place: Path, pairs: Pairs, texts: Sequence[str], *, epochs: int, seed
         optimizer.step()
         schedule.step()
         if number % (len(lots) // epochs) == 0:
-            seconds = time.process_time() - begun
-            print(
-                f"{place.name}: step {number} of {len(lots)}, loss {float(loss):.3f}, CPU {seconds:.0f} s", flush=True
-            )
+            taken_s = seconds(how.device) - begun
+            print(f"{place.name}: step {number} of {len(lots)}, loss {float(loss):.3f}, {taken_s:.0f} s", flush=True)
     model.save_pretrained(place)
     tokenizer.save_pretrained(place)
-    (place / "seconds").write_text(str(time.process_time() - begun))
+    (place / "seconds").write_text(str(seconds(how.device) - begun))
 
 
-def _lots(tokens: Tokens, *, epochs: int, seed: int, size: int = 8) -> Iterator[np.ndarray[Any, Any]]:
+def _lots(tokens: Tokens, *, epochs: int, seed: int, size: int) -> Iterator[np.ndarray[Any, Any]]:
     """Yield lots of rows of like length, in a new order in every epoch."""
     source = np.random.default_rng(seed)
     for _ in range(epochs):
@@ -193,21 +225,26 @@ def _lots(tokens: Tokens, *, epochs: int, seed: int, size: int = 8) -> Iterator[
 Weights = Tensor | None
 
 
-def _overlay(gate: ForgettingGate | None, weights: Weights, rows: Sequence[int]) -> Overlay | None:
+def _overlay(
+    gate: ForgettingGate | None, weights: Weights, rows: Sequence[int], device: torch.device
+) -> Overlay | None:
     if gate is None or weights is None:
         return None
-    return Overlay.of(gate.slots, Gate.mixture(weights[torch.as_tensor(rows)]))
+    slots = Bank(gate.slots.layout, gate.slots.data.to(device))
+    return Overlay.of(slots, Gate.mixture(weights[torch.as_tensor(rows)].to(device)))
 
 
 @torch.no_grad()
 def likelihoods(world: World, examples: Examples, gate: ForgettingGate | None, weights: Weights) -> Tensor:
-    """Return every row's likelihood of its answer, p(answer | question) ^ (1 / tokens)."""
+    """Return every row's likelihood of its answer, p(answer | question) ^ (1 / tokens), on the CPU."""
     learner = world.learner
+    values = learner.start().to(learner.device)
     tokens = learner.task.tokenize(examples)
     found = torch.zeros(len(tokens))
     for rows, batch in learner.batches([(tokens, row) for row in range(len(tokens))]):
-        answers = learner.answers(learner.start(), batch, overlay=_overlay(gate, weights, rows.tolist()))
-        found[torch.from_numpy(rows)] = torch.exp(-answers.loss)
+        overlay = _overlay(gate, weights, rows.tolist(), learner.device)
+        answers = learner.answers(values, batch, overlay=overlay)
+        found[torch.from_numpy(rows)] = torch.exp(-answers.loss).cpu()
     return found
 
 
@@ -215,22 +252,24 @@ def likelihoods(world: World, examples: Examples, gate: ForgettingGate | None, w
 def said(world: World, questions: Sequence[str], gate: ForgettingGate | None, weights: Weights) -> list[str | None]:
     """Return the greedy answer to every question, None where it does not end within `ANSWER` tokens."""
     learner, tokenizer = world.learner, world.learner.base.tokenizer
-    views = learner.layout.views(learner.start())
+    device = learner.device
+    views = learner.layout.views(learner.start().to(device))
     ids = [tokenizer(prompt(question), add_special_tokens=True)["input_ids"] for question in questions]
     found: list[str | None] = [None] * len(ids)
     order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
-    for start in range(0, len(order), TOGETHER):
-        rows = order[start : start + TOGETHER]
+    together = TOGETHER if device.type == "cpu" else TOGETHER_ON_GPU
+    for start in range(0, len(order), together):
+        rows = order[start : start + together]
         longest = len(ids[rows[-1]])
         given = torch.full((len(rows), longest), learner.pad)
         mask = torch.zeros_like(given)
         for place, row in enumerate(rows):
             given[place, longest - len(ids[row]) :] = torch.tensor(ids[row])
             mask[place, longest - len(ids[row]) :] = 1
-        with learner.adapted.bound(views, overlay=_overlay(gate, weights, rows)) as base:
+        with learner.adapted.bound(views, overlay=_overlay(gate, weights, rows, device)) as base:
             made = base.generate(  # type: ignore[operator]
-                input_ids=given, attention_mask=mask, max_new_tokens=ANSWER, do_sample=False, use_cache=True,
-                pad_token_id=learner.pad, eos_token_id=int(tokenizer.eos_token_id),
+                input_ids=given.to(device), attention_mask=mask.to(device), max_new_tokens=ANSWER, do_sample=False,
+                use_cache=True, pad_token_id=learner.pad, eos_token_id=int(tokenizer.eos_token_id),
             )  # fmt: skip
         for row, answer in zip(rows, made[:, longest:].tolist(), strict=True):
             if tokenizer.eos_token_id in answer:

@@ -1,6 +1,7 @@
 """The detector of requests to forget, part by part: AUROC for every domain of CLINC150.
 
     python -m benchmarks.detector --data FOLDER [--domains work travel home banking] [--adapted home] [--padded home]
+        [--device cuda]
 
 FOLDER holds `data_full.json.gz` and `domains.json.gz` of CLINC150. A domain's training queries are the request; in are
 its test queries, out are all other test queries and the 1,000 out-of-scope ones. Everything is made of the request's
@@ -30,7 +31,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from benchmarks.measure import publish, settings
+from benchmarks.measure import DEVICES, publish, settings
 from lora.config import AdapterConfig
 from lora.frame import Frame
 from lora.model import AdaptedModel
@@ -121,7 +122,7 @@ def features(encoder: SharedEncoder, tokens: Tokens, *, fill: int | None = None)
     for rows in buckets(tokens.lengths, overhead=OVERHEAD, budget=2048):
         batch = collate([(tokens, int(row)) for row in rows], pad=encoder.pad)
         made = encoder.features(batch) if fill is None else _padded(encoder, batch, fill)
-        for row, each in zip(rows, made, strict=True):
+        for row, each in zip(rows, made.cpu(), strict=True):
             found[int(row)] = each
     return torch.stack(found)
 
@@ -133,7 +134,8 @@ def _padded(encoder: SharedEncoder, batch: Batch, width: int) -> Tensor:
     mask = torch.ones_like(ids) if mask is None else mask[:, :width]
     more = width - ids.shape[1]
     ids = torch.nn.functional.pad(ids, (0, more), value=encoder.pad)
-    states = encoder.states(Batch(ids, torch.nn.functional.pad(mask, (0, more)), batch.labels))
+    wide = Batch(ids, torch.nn.functional.pad(mask, (0, more)), batch.labels)
+    states = encoder.states(wide.to(encoder.device))
     return torch.stack([torch.nn.functional.normalize(states[layer].mean(1), dim=1) for layer in encoder.layers], dim=1)
 
 
@@ -219,7 +221,7 @@ def adapted_parts(
         start = Slot.fresh(model.sites, Frame.draw(model.sites, rank=8, seed=1))
         chosen = replace(ContrastiveSettings(epochs=EPOCHS), **switches)
         slot = train_encoder(model, base, request, tokens, start=start, settings=chosen).slot
-        encoder = SharedEncoder(model, layers=LAYERS, factors=slot.layout.views(slot.values))
+        encoder = SharedEncoder(model, layers=LAYERS, factors=slot.layout.views(slot.values.to(base.placement.device)))
         found |= sampled_parts(world, domain, partial(features, encoder), name=f"sample, adapter, {name}")
     return found
 
@@ -248,7 +250,7 @@ def table(found: Mapping[str, Mapping[str, float]], gates: Mapping[str, Any]) ->
 
 def measured(chosen: argparse.Namespace) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
     """Measure what was asked for."""
-    base = load_base(ModelConfig(name="minilm", device="cpu", dtype="float32"), causal=False)
+    base = load_base(ModelConfig(name="minilm", device=chosen.device, dtype="float32"), causal=False)
     model = AdaptedModel.attach(base.model, AdapterConfig(rank=8))
     world = read(Path(chosen.data), base)
     encoder = SharedEncoder(model, layers=LAYERS, pad=int(base.tokenizer.pad_token_id))
@@ -281,6 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--all", dest="domains", action="store_const", const=[], help="all ten domains")
     parser.add_argument("--adapted", nargs="*", default=[])
     parser.add_argument("--padded", nargs="*", default=[])
+    parser.add_argument("--device", default="cpu", help=DEVICES)
     chosen = parser.parse_args(arguments)
     if chosen.data is None:
         print("benchmarks.detector measures on CLINC150 only: give --data FOLDER")
@@ -292,7 +295,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for domain, shares in gates.items():
         for coverage, (caught, touched) in shares.items():
             figures |= {f"{domain}_caught_{coverage}": caught, f"{domain}_touched_{coverage}": touched}
-    publish("detector", figures=figures, rows=table(found, gates), about=settings(model="minilm", data="CLINC150"))
+    about = settings(model="minilm", data="CLINC150", device=chosen.device)
+    publish("detector", figures=figures, rows=table(found, gates), about=about)
 
 
 def _key(name: str) -> str:

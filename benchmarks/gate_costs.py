@@ -1,7 +1,7 @@
 """What the gates of forget requests cost at inference: none, 1, 10 and 100 requests, in a pass of their own and not.
 
     python -m benchmarks.gate_costs --data FOLDER [--cache FOLDER] [--requests 1 10 100] [--hits 4] [--rounds 40]
-        [--on test]
+        [--on test] [--device cuda]
 
 FOLDER holds `data_full.json.gz` and `domains.json.gz` of CLINC150. The model is that of `benchmarks.gated`; a request
 is one intent, its detector made of the intent's training queries (10 intents, again and again for more requests), its
@@ -13,7 +13,8 @@ same for every number of requests, so that only the gates differ.
   model's pass with slots of all its layers. same pass: detectors read layer `--layer` of the model's own pass,
   slots are in the layers above. second look: detectors read the last layer of the model's own pass, and the rows that
   are caught are answered anew with slots of all layers.
-- Times are CPU seconds of one thread, the variants in turn, the order rotated; ratios are medians of rounds.
+- Times are CPU seconds of one thread, the variants in turn, the order rotated; ratios are medians of rounds. With
+  `--device cuda` model, slots and detectors are on the GPU, and times are the clock's.
 - AUROC: each of the domains work, travel, home and banking against all other queries and the out-of-scope ones (of
   `--on`), by each way; nothing is chosen by it.
 - bytes: statistics and slot of one request, in memory.
@@ -32,7 +33,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from benchmarks.intents import DOMAINS, Corpus, World, made_world, taken
-from benchmarks.measure import interleaved, paired_ratio, publish, settings
+from benchmarks.measure import DEVICES, interleaved, paired_ratio, publish, settings
 from lora.bank import Bank
 from lora.errors import LetheError
 from strategies.unlearning.audited_request import AuditedRequest
@@ -117,7 +118,7 @@ def slots(world: World, sites: Sequence[int], count: int) -> Bank:
     """Return slots of random numbers, too small to change an answer much."""
     layout = slot_layout([world.learner.adapted.sites[place] for place in sites], rank=RANK)
     source = torch.Generator().manual_seed(world.seed)
-    return Bank(layout, 0.01 * torch.randn(count, layout.size, generator=source))
+    return Bank(layout, (0.01 * torch.randn(count, layout.size, generator=source)).to(world.learner.device))
 
 
 def features_of(world: World, way: Pass, tokens: Tokens) -> Tensor:
@@ -127,7 +128,7 @@ def features_of(world: World, way: Pass, tokens: Tokens) -> Tensor:
         order = np.asarray(tokens.lengths).argsort(kind="stable")
         chunks = [order[start : start + 128].tolist() for start in range(0, len(order), 128)]
         encoder = way.encoder if way.encoder is world.encoder else way.wide
-        made = [encoder.features(batch_of(world, tokens, chunk)) for chunk in chunks]
+        made = [encoder.features(batch_of(world, tokens, chunk)).cpu() for chunk in chunks]
         way.known[key] = torch.cat(made)[torch.from_numpy(order.argsort())]
     found = way.known[key]
     return found if way.encoder is world.encoder else found[:, way.place : way.place + 1]
@@ -166,13 +167,14 @@ def detectors_for(way: Pass, batch: Batch, count: int, *, hits: int) -> Detector
         raise LetheError("a query of another intent is nearer to the first request than its own; give fewer --hits")
     made = [replace(way.detectors[place % len(way.detectors)], threshold=-float("inf")) for place in range(count)]
     made[0] = replace(made[0], threshold=(inside + outside) / 2)
-    return Detectors(made)
+    return Detectors(made).to(way.encoder.device)
 
 
 def variants(
     world: World, ways: Mapping[str, Pass], counts: Sequence[int], batch: Batch, *, hits: int
 ) -> tuple[dict[str, Callable[[], None]], list[SamePass | SecondLook]]:
     """Return what is timed, by name, and what is to be closed afterwards."""
+    batch = batch.to(world.learner.device)
     timed = {"none": timed_answer(world.learner.answers, world.model, batch)}
     opened: list[SamePass | SecondLook] = []
     for way, each in ways.items():
@@ -225,12 +227,12 @@ def sizes(way: Pass, world: World) -> dict[str, float]:
 def measured(chosen: argparse.Namespace) -> tuple[dict[str, float], list[list[str]]]:
     """Time all variants on one batch; return figures and the printed rows."""
     corpus = Corpus.read(chosen.data, requests=len(DOMAINS) + DISTINCT, on=chosen.on)
-    world = made_world(corpus, cache=chosen.cache, seed=0)
+    world = made_world(corpus, cache=chosen.cache, seed=0, device=chosen.device)
     known: dict[int, Tensor] = {}
     ways = passes(world, corpus.sequence[len(DOMAINS) :], layer=chosen.layer, known=known)
     batch = chosen_batch(world, ways, hits=chosen.hits)
     timed, opened = variants(world, ways, chosen.requests, batch, hits=chosen.hits)
-    times = interleaved(timed, rounds=chosen.rounds, warmup=5)
+    times = interleaved(timed, rounds=chosen.rounds, warmup=5, device=chosen.device)
     for each in opened:
         each.close()
     rows = [["variant", "ms a batch of 32", "over none", "over 1 request"]]
@@ -261,6 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--layer", type=int, default=4, help="what detectors read in the same pass")
     parser.add_argument("--on", choices=("test", "validation"), default="test")
     parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--device", default="cpu", help=DEVICES)
     chosen = parser.parse_args(arguments)
     if chosen.data is None:
         print("benchmarks.gate_costs measures on CLINC150 only: give --data FOLDER")

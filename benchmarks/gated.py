@@ -1,7 +1,7 @@
 """Forgetting without retained data: O3's gated slots beside methods that read the request alone and have no gate.
 
     python -m benchmarks.gated --data FOLDER [--cache FOLDER] [--kept FOLDER] [--seeds 3] [--requests 6] [--on test]
-        [--epochs 1] [--least-steps 24] [--coverage 0.97] [--folds 8] [--retrained]
+        [--epochs 1] [--least-steps 24] [--coverage 0.97] [--folds 8] [--retrained] [--device cuda]
 
 FOLDER holds `data_full.json.gz` and `domains.json.gz` of CLINC150. The model is MiniLM with FFA-LoRA's B and a head,
 trained here on all training queries (`--models` of them; seeds draw the rest); the frozen MiniLM without them is the
@@ -20,7 +20,8 @@ scale and threshold. Settings are those of a forgetting store (`forgetting:`) un
   queries, at the end of the stream; `worst` is the largest of all requests. Utility loss: points lost on the test
   queries of all other intents, out-of-scope ones left out.
 - retrain over request: CPU seconds of training the model without what was asked so far (the model's own training time
-  by step), mean over the requests, over the CPU seconds of a request: features, statistics, threshold and slot.
+  by step), mean over the requests, over the CPU seconds of a request: features, statistics, threshold and slot. With
+  `--device cuda` all are the clock's.
 - relearned (`--retrained`, first seed): the first request's slot trained further on 5 queries of each of its intents
   with their true labels, always on, beside a fresh slot on a model that was trained without all requests.
 - `--on validation` asks validation queries, to choose settings. What gates cost: `python -m benchmarks.gate_costs`.
@@ -51,7 +52,7 @@ from benchmarks.gated_stream import (
     through,
 )
 from benchmarks.intents import DOMAINS, Corpus, World, logits_of, made_world, taken, trained
-from benchmarks.measure import RESULTS, publish, settings
+from benchmarks.measure import DEVICES, RESULTS, publish, settings
 from lethe.page import STYLE
 from lethe.plots import Canvas, percent, plain, ticks
 from lora.errors import LetheError
@@ -74,7 +75,7 @@ RELEARNED = (0, 2, 4, 8, 16, 32)
 ATTACKER = 5
 """Queries of each intent that an attacker has."""
 HEADING = ("method", "gate", "worst at end", "mean seen", "mean unseen", "utility loss", "worst utility loss", "H",
-           "rows touched", "loss MIA", "CPU s a request")  # fmt: skip
+           "rows touched", "loss MIA", "s a request")  # fmt: skip
 
 
 def traded(
@@ -312,7 +313,7 @@ def measured(chosen: argparse.Namespace) -> tuple[dict[tuple[str, str], Found], 
     for seed in range(chosen.seeds):
         number = model_of(chosen, seed)
         if number not in worlds:
-            worlds[number] = made_world(corpus, cache=chosen.cache, seed=number)
+            worlds[number] = made_world(corpus, cache=chosen.cache, seed=number, device=chosen.device)
             before = Answers(
                 np.asarray(worlds[number].asked.tokens.labels, dtype=np.int64), worlds[number].asked.logits
             )
@@ -353,6 +354,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--folds", type=int, default=store.folds, help="clusters left out in turn, for the threshold")
     parser.add_argument("--methods", nargs="+", choices=[recipe.name for recipe in RECIPES], help="default: all")
     parser.add_argument("--retrained", action="store_true", help="train the model anew without the requests' queries")
+    parser.add_argument("--device", default="cpu", help=DEVICES)
     chosen = parser.parse_args(arguments)
     if chosen.data is None:
         print("benchmarks.gated measures on CLINC150 only: give --data FOLDER")

@@ -3,7 +3,6 @@
 import argparse
 import pickle
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.intents import Questions, World, logits_of, taken
+from benchmarks.measure import seconds
 from lora.errors import LetheError
 from strategies.unlearning.attacks import loss_membership
 from strategies.unlearning.audited_request import AuditedRequest
@@ -104,24 +104,25 @@ class Asked:
         return replace(made, threshold=float(distances.quantile(chosen.coverage)))
 
     def detector_s(self, encoder: SharedEncoder, chosen: DetectorSettings) -> float:
-        """Return the CPU seconds of features and detector."""
+        """Return the seconds of features and detector."""
         return self.seconds + self._of(encoder, chosen)[2]
 
     def _of(self, encoder: SharedEncoder, chosen: DetectorSettings) -> tuple[Detector, Tensor, float]:
         if chosen.folds not in self._made:
-            begun = time.process_time()
+            device = str(encoder.device)
+            begun = seconds(device)
             made = detector_of(self.used, self.classes, self.held_back, encoder=encoder, settings=chosen)
-            seconds = time.process_time() - begun
+            taken_s = seconds(device) - begun
             left_out = left_out_distances(self.used, self.classes, made.weights, settings=chosen)
             if left_out is None:
                 left_out = Detectors([made]).distances(self.held_back)[:, 0]
-            self._made[chosen.folds] = made, left_out, seconds
+            self._made[chosen.folds] = made, left_out, taken_s
         return self._made[chosen.folds]
 
 
 def asked(world: World, labels: tuple[int, ...]) -> Asked:
     """Take a request's rows and features."""
-    begun = time.process_time()
+    begun = seconds(world.device)
     request = AuditedRequest(taken(world.corpus.train, world.corpus.rows(labels)), seed=world.seed)
     tokens = request.tokens(world.learner.task)
     base = world.learner.adapted.base
@@ -133,7 +134,7 @@ def asked(world: World, labels: tuple[int, ...]) -> Asked:
         )
     request.audit.check()
     classes = torch.from_numpy(np.asarray(tokens.labels)[request.used])
-    return Asked(labels, request, used, classes, held_back, time.process_time() - begun)
+    return Asked(labels, request, used, classes, held_back, seconds(world.device) - begun)
 
 
 def forgetting(chosen: argparse.Namespace) -> ForgettingConfig:
@@ -145,7 +146,7 @@ def forgetting(chosen: argparse.Namespace) -> ForgettingConfig:
 
 
 class Made(NamedTuple):
-    """A trained slot, the CPU seconds that it took, and what its audit counted."""
+    """A trained slot, the seconds that it took, and what its audit counted."""
 
     slot: Slot
     seconds: float
@@ -165,6 +166,7 @@ def answered(
             recipe.rate or chosen.rate,
             model_of(chosen, world.seed),
             world.seed,
+            *(() if world.device == "cpu" else (world.learner.device.type,)),
         )
         path = chosen.kept / f"{key_of(recipe.name)}-{'-'.join(map(str, told_by))}-{len(method.slots)}.pickle"
     method.carried = recipe.variant == "carried"
@@ -191,7 +193,7 @@ def slot_for(
     world: World, recipe: Recipe, one: Asked, method: Method, *, gone: Sequence[int], chosen: argparse.Namespace
 ) -> Made:
     """Train a slot by a recipe."""
-    begun = time.process_time()
+    begun = seconds(world.device)
     sites, number = world.learner.adapted.sites, len(method.slots)
     request = AuditedRequest(one.request.examples, seed=world.seed)
     config = replace(
@@ -208,7 +210,7 @@ def slot_for(
         world.learner, request, objective, model=world.model, slot=start, settings=config,
         earlier=method.slots if method.carried else (), descent=recipe.descent, seed=world.seed,
     )  # fmt: skip
-    return Made(made.slot, time.process_time() - begun, request.audit.report())
+    return Made(made.slot, seconds(world.device) - begun, request.audit.report())
 
 
 def through(

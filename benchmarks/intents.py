@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import time
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from benchmarks.measure import seconds
 from client.config import TrainingConfig
 from client.training import Work, train
 from lora.bank import Bank
@@ -81,6 +81,11 @@ class World:
     pretraining_s: float
     _seen: dict[tuple[int, ...], "Questions"] = field(default_factory=dict, init=False, repr=False)
 
+    @property
+    def device(self) -> str:
+        """What the model computes on, as `--device` says it."""
+        return str(self.learner.device)
+
     @cached_property
     def asked(self) -> "Questions":
         """Asked queries of all intents."""
@@ -107,7 +112,10 @@ class World:
 
 @dataclass(frozen=True)
 class Questions:
-    """Token ids, the encoder's features, and the model's own logits, which rows that no slot touches keep."""
+    """Token ids, the encoder's features, and the model's own logits, which rows that no slot touches keep.
+
+    Both are on the CPU, where detectors and scikit-learn read them.
+    """
 
     tokens: Tokens
     features: Tensor
@@ -118,7 +126,7 @@ class Questions:
         """Ask encoder and model once."""
         features: list[Tensor] = [torch.empty(0)] * len(tokens)
         for places, batch in batches(world.learner, tokens, np.arange(len(tokens))):
-            for place, each in zip(places, world.encoder.features(batch), strict=True):
+            for place, each in zip(places, world.encoder.features(batch).cpu(), strict=True):
                 features[int(place)] = each
         return cls(tokens, torch.stack(features), logits_of(world, tokens, np.arange(len(tokens)), None))
 
@@ -152,7 +160,7 @@ class Dense:
 
     def rows(self, chosen: NDArray[np.int64]) -> "Dense":
         """Return the same for some rows."""
-        return Dense(self.weights[torch.from_numpy(chosen)], self.factors)
+        return Dense(self.weights[torch.from_numpy(chosen).to(self.weights.device)], self.factors)
 
     def add(self, name: str, x: Tensor, y: Tensor, *, scale: float) -> Tensor:
         """Add the updates of all slots, by the rows' weights."""
@@ -163,55 +171,64 @@ class Dense:
 
 @torch.no_grad()
 def logits_of(world: World, tokens: Tokens, rows: NDArray[np.int64], slots: tuple[Bank, Tensor] | None) -> Tensor:
-    """Return logits `[rows, classes]` under the model, with slots on top by weights `[all rows, slots]`."""
+    """Return logits `[rows, classes]` under the model, with slots on top by weights `[all rows, slots]`, on the CPU."""
     learner, task = world.learner, world.learner.task
     place = {int(row): number for number, row in enumerate(rows)}
     found = torch.empty(len(rows), len(world.corpus.names))
     views = learner.layout.views(world.model)
     dense = None
-    if slots is not None and bool((slots[1][torch.from_numpy(rows)] != 0).double().mean() > 0.5):
-        dense = Dense.of(*slots)
+    if slots is not None:
+        bank, weights = slots
+        slots = Bank(bank.layout, bank.data.to(learner.device)), weights.to(learner.device)
+        if bool((weights[torch.from_numpy(rows)] != 0).double().mean() > 0.5):
+            dense = Dense.of(*slots)
     for chosen, batch in batches(learner, tokens, rows):
         overlay: Overlaying | None = None if dense is None else dense.rows(chosen)
         if slots is not None and dense is None:
-            overlay = Overlay.of(slots[0], Gate.mixture(slots[1][torch.from_numpy(chosen)]))
+            overlay = Overlay.of(slots[0], Gate.mixture(slots[1][torch.from_numpy(chosen).to(learner.device)]))
+        here = batch.to(learner.device)
         with learner.adapted.bound(views, overlay=overlay) as base:
-            states = base(input_ids=batch.input_ids, attention_mask=batch.mask).last_hidden_state
-        mask = torch.ones(states.shape[:2]) if batch.mask is None else batch.mask.float()
+            states = base(input_ids=here.input_ids, attention_mask=here.mask).last_hidden_state
+        mask = torch.ones(states.shape[:2], device=states.device) if here.mask is None else here.mask.float()
         pooled = torch.einsum("nt,ntd->nd", mask, states) / mask.sum(1, keepdim=True)
         made = task.head.logits(  # type: ignore[attr-defined]
             pooled, weight=views["head", "weight"], bias=views["head", "bias"], sink=None
         )
-        found[[place[int(row)] for row in chosen]] = made
+        found[[place[int(row)] for row in chosen]] = made.cpu()
     return found
 
 
 def trained(learner: Learner, tokens: Tokens, *, seed: int, cache: Path | None, name: str) -> tuple[Tensor, float]:
-    """Return the trained vector and the CPU seconds that it took: from the cache, else made and put there."""
-    path = None if cache is None else cache / f"ffa-{name}-{len(tokens)}-{seed}.safetensors"
+    """Return the trained vector, where the model computes, and the device's `seconds` that it took.
+
+    Both come from the cache, else are made and put there; models of different kinds of devices are kept apart.
+    """
+    device = learner.device
+    where = "" if device.type == "cpu" else f"-{device.type}"
+    path = None if cache is None else cache / f"ffa-{name}-{len(tokens)}-{seed}{where}.safetensors"
     if path is not None and path.is_file():
         kept = load_file(path)
-        return kept["vector"], float(kept["seconds"])
-    begun = time.process_time()
+        return kept["vector"].to(device), float(kept["seconds"])
+    begun = seconds(str(device))
     steps = 3 * len(tokens) // 64
     config = TrainingConfig(steps=steps, batch=64, optimizer="adamw", rate=3e-3, head_rate=1e-2)
     parts = ("B", "head") if learner.task.entries() else ("B",)
     works = [Work("all", tokens)]
     found = train(learner, works, start=learner.start(), config=config, parts=parts, seed=seed, number=1)  # type: ignore[arg-type]
-    seconds = time.process_time() - begun
+    taken_s = seconds(str(device)) - begun
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"vector": found.values[0].clone(), "seconds": torch.tensor(seconds)}, path)
-    return found.values[0], seconds
+        save_file({"vector": found.values[0].clone(), "seconds": torch.tensor(taken_s)}, path)
+    return found.values[0].to(device), taken_s
 
 
-def made_world(corpus: Corpus, *, cache: Path | None, seed: int) -> World:
+def made_world(corpus: Corpus, *, cache: Path | None, seed: int, device: str = "cpu") -> World:
     """Train the model that is asked to forget."""
-    model = ModelConfig(name="minilm", device="cpu", dtype="float32")
+    model = ModelConfig(name="minilm", device=device, dtype="float32")
     learner = build_learner(
         model, TaskConfig(kind="classification", head="trained"), AdapterConfig(rank=8, targets="all"),
         labels=corpus.names, trains_frame=False,
     )  # fmt: skip
-    vector, seconds = trained(learner, learner.task.tokenize(corpus.train), seed=seed, cache=cache, name="whole")
+    vector, taken_s = trained(learner, learner.task.tokenize(corpus.train), seed=seed, cache=cache, name="whole")
     encoder = SharedEncoder(learner.adapted, layers=(6,), pad=learner.pad)
-    return World(corpus, learner, vector, encoder, seed, seconds)
+    return World(corpus, learner, vector, encoder, seed, taken_s)

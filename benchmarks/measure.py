@@ -16,6 +16,8 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
 RESULTS = Path(__file__).parent / "results"
+DEVICES = "where models compute, cpu (timed in CPU seconds) or cuda (timed by the clock)"
+"""What `--device` says of itself."""
 
 
 def seconds(device: str = "cpu") -> float:

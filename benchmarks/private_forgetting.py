@@ -1,7 +1,7 @@
 """What privacy costs a request to forget whose rows stay at their client: slot and detector at an epsilon, or at none.
 
     python -m benchmarks.private_forgetting --data FOLDER [--cache FOLDER] [--epsilons 8 3] [--requests 4] [--seeds 1]
-        [--on test] [--set forgetting.private_rate=4 ...]
+        [--on test] [--set forgetting.private_rate=4 ...] [--device cuda]
 
 FOLDER holds `data_full.json.gz` and `domains.json.gz` of CLINC150. The model is that of `benchmarks.gated`. Every
 request (the domains work, travel, home and banking) is answered by itself, as `lethe forget answer` does: by all of
@@ -15,7 +15,6 @@ its training queries, with the settings of `forgetting:`.
 
 import argparse
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from sklearn.metrics import roc_auc_score
 
 from benchmarks.gated_stream import through
 from benchmarks.intents import DOMAINS, Corpus, World, made_world, taken
-from benchmarks.measure import publish, settings
+from benchmarks.measure import DEVICES, publish, seconds, settings
 from client.forgetting import PrivateForgetting
 from lethe.config import read_section
 from lora.errors import LetheError
@@ -41,7 +40,7 @@ from strategies.unlearning.o3 import Slot, slot_bank
 from strategies.unlearning.private_detector import fit_private_detector
 from strategies.unlearning.private_slot import unlearn_privately
 
-HEADING = ("epsilon", "request", "seen", "unseen", "utility loss", "AUROC", "noise of steps", "of statistics", "CPU s")
+HEADING = ("epsilon", "request", "seen", "unseen", "utility loss", "AUROC", "noise of steps", "of statistics", "s")
 DELTA = 1e-5
 
 
@@ -100,16 +99,16 @@ def privately(
 
 def measured(world: World, labels: tuple[int, ...], config: ForgettingConfig, epsilon: float | None) -> Found:
     """Answer one request and ask about it."""
-    begun = time.process_time()
+    begun = seconds(world.device)
     slot, detector, noise = answered(world, labels, config, epsilon)
-    seconds = time.process_time() - begun
+    taken_s = seconds(world.device) - begun
     gate = ForgettingGate(Detectors([detector]), slot_bank([slot]), "hard")
     after, _ = through(gate, world, world.asked)
     before = Answers(after.labels, world.asked.logits)
     rest = set(range(len(world.corpus.names))) - set(labels)
     lost = 100 * (before.accuracy(rest) - after.accuracy(rest))
     seen = through(gate, world, world.seen(labels))[0].accuracy(labels)
-    return Found(seen, after.accuracy(labels), lost, auroc(world, detector, labels), noise, seconds)
+    return Found(seen, after.accuracy(labels), lost, auroc(world, detector, labels), noise, taken_s)
 
 
 def auroc(world: World, detector: Detector, labels: tuple[int, ...]) -> float:
@@ -126,7 +125,7 @@ def run(chosen: argparse.Namespace) -> tuple[dict[str, float], list[list[str]]]:
     corpus = Corpus.read(chosen.data, requests=chosen.requests, on=chosen.on)
     figures: dict[str, float] = {}
     rows = [[*HEADING]]
-    worlds = [made_world(corpus, cache=chosen.cache, seed=seed) for seed in range(chosen.seeds)]
+    worlds = [made_world(corpus, cache=chosen.cache, seed=seed, device=chosen.device) for seed in range(chosen.seeds)]
     for epsilon in (None, *chosen.epsilons):
         name = "open" if epsilon is None else f"{epsilon:g}"
         for place, labels in enumerate(corpus.sequence):
@@ -152,6 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--on", choices=("test", "validation"), default="test")
     parser.add_argument("--set", nargs="*", default=[], metavar="forgetting.KEY=VALUE")
+    parser.add_argument("--device", default="cpu", help=DEVICES)
     chosen = parser.parse_args(arguments)
     if chosen.data is None:
         print("benchmarks.private_forgetting measures on CLINC150 only: give --data FOLDER")

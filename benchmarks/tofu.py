@@ -2,6 +2,7 @@
 
     python -m benchmarks.tofu --data FOLDER [--cache FOLDER] [--seeds 1] [--authors 180] [--epochs 20] [--on test]
         [--passes 8] [--least-steps 40] [--rate 3e-3] [--coverage 0.97] [--sample 200] [--without-retrained]
+        [--width 192] [--layers 3] [--batch 8] [--model-rate 2e-3] [--device cuda]
 
 FOLDER holds TOFU (retain90 and forget01/05/10 as `.jsonl.gz`). A Llama of 2 M parameters is trained here on all pairs
 of `--authors` authors that stay (180 are all) and of the 20 that are to be forgotten, until it knows them by heart; it
@@ -24,7 +25,6 @@ and nothing else; an audit checks it.
 
 import argparse
 import statistics
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,8 +34,20 @@ import torch
 from scipy.stats import ks_2samp
 from sklearn.metrics import roc_auc_score
 
-from benchmarks.authors import Pairs, Weights, World, likelihoods, made_world, read, recall, said, truth_ratios
-from benchmarks.measure import publish, settings
+from benchmarks.authors import (
+    HEAD,
+    Pairs,
+    Training,
+    Weights,
+    World,
+    likelihoods,
+    made_world,
+    read,
+    recall,
+    said,
+    truth_ratios,
+)
+from benchmarks.measure import DEVICES, publish, seconds, settings
 from lora.errors import LetheError
 from strategies.unlearning.audited_request import AuditedRequest
 from strategies.unlearning.config import ForgettingConfig
@@ -49,7 +61,7 @@ from tasks.examples import Examples
 from tasks.tokens import tokenize_classification
 
 HEADING = ("method", "after", "probability seen", "probability unseen", "ROUGE seen", "ROUGE unseen", "refused unseen",
-           "unended", "probability rest", "ROUGE rest", "refused rest", "forget quality", "CPU s")  # fmt: skip
+           "unended", "probability rest", "ROUGE rest", "refused rest", "forget quality", "s")  # fmt: skip
 NAMES = ("forget01", "forget05", "forget10")
 
 
@@ -105,7 +117,8 @@ class Standing:
 
 def answered(world: World, method: Method, pairs: Pairs, *, chosen: argparse.Namespace, seed: int) -> None:
     """Answer a request with one slot more."""
-    begun = time.process_time()
+    device = str(world.learner.device)
+    begun = seconds(device)
     recipe, sites = method.recipe, world.learner.adapted.sites
     config = SlotSettings(epochs=chosen.passes, least_steps=chosen.least_steps, rate=recipe.rate or chosen.rate)
     frames = OrthogonalFrames(sites, rank=config.rank, seed=seed, beside=world.learner.adapted.frame)
@@ -116,7 +129,7 @@ def answered(world: World, method: Method, pairs: Pairs, *, chosen: argparse.Nam
     )  # fmt: skip
     method.slots.append(made.slot)
     method.detectors.append(detector(world, pairs, chosen=chosen, seed=seed))
-    method.seconds = time.process_time() - begun
+    method.seconds = seconds(device) - begun
 
 
 def _same(examples: Examples, source: object) -> Examples:
@@ -245,12 +258,13 @@ def measured(chosen: argparse.Namespace) -> tuple[dict[str, float], list[list[st
     both = Pairs(rest.questions + whole.questions, rest.answers + whole.answers, rest.authors + whole.authors)
     texts = [*map(str, both.questions), *both.answers, "Question: Answer:", *REFUSALS]
     runs, more = [], {}
+    how = Training(chosen.epochs, chosen.width, chosen.layers, chosen.batch, chosen.model_rate, chosen.device)
     for seed in range(chosen.seeds):
         cache = (chosen.cache or Path("runs") / "tofu") / f"{chosen.authors}"
-        world = made_world(cache, both, name="whole", epochs=chosen.epochs, seed=seed, texts=texts)
+        world = made_world(cache, both, name="whole", how=how, seed=seed, texts=texts)
         without = None
         if not chosen.without_retrained:
-            without = made_world(cache, rest, name="without", epochs=chosen.epochs, seed=seed, texts=texts)
+            without = made_world(cache, rest, name="without", how=how, seed=seed, texts=texts)
             more["retrain_s"] = without.training_s
         course = Course(rest.take(part.tolist()), requests, world, without, chosen.sample)
         runs.append(streamed(course, chosen, seed))
@@ -283,7 +297,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--methods", nargs="+", choices=[recipe.name for recipe in RECIPES], help="default: all")
     parser.add_argument("--without-retrained", action="store_true", help="no model without the requests, no quality")
+    usual = Training()
+    parser.add_argument("--width", type=int, default=usual.width, help=f"of the model, a multiple of {HEAD}")
+    parser.add_argument("--layers", type=int, default=usual.layers)
+    parser.add_argument("--batch", type=int, default=usual.batch, help="pairs of a step of the model's training")
+    parser.add_argument("--model-rate", type=float, default=usual.rate, help="the model's largest rate")
+    parser.add_argument("--device", default="cpu", help=DEVICES)
     chosen = parser.parse_args(arguments)
+    if chosen.width < HEAD or chosen.width % HEAD:
+        parser.error(f"--width={chosen.width} is no multiple of {HEAD}")
     if chosen.data is None:
         print("benchmarks.tofu measures on TOFU only: give --data FOLDER")
         return

@@ -55,6 +55,11 @@ class ClassStatistics:
         """Numbers kept."""
         return sum(t.numel() for t in (self.directions, self.gains, self.base, self.pulled, self.norms))
 
+    def to(self, device: torch.device) -> "ClassStatistics":
+        """Return the same on a device."""
+        whole = (self.directions, self.gains, self.base, self.pulled, self.norms)
+        return ClassStatistics(*(tensor.to(device) for tensor in whole))
+
 
 def class_statistics(
     features: Tensor, labels: Tensor | None, *, shape: Shape, randomness: Randomness | None = None

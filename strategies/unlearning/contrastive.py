@@ -112,7 +112,7 @@ def train_encoder(
     audit.declare("slots", [start.values])
     pad = int(base.tokenizer.pad_token_id)
     source, order = np.random.default_rng(seed), random.Random(f"encoder/{seed}")
-    values = start.values.clone()
+    values = start.values.clone().to(next(adapted.base.parameters()).device)
     column = nn.Parameter(values, requires_grad=False)
     optimizer = torch.optim.AdamW([column], lr=settings.rate, weight_decay=settings.weight_decay)
     audit.declare("slots", [values])
@@ -134,7 +134,7 @@ def train_encoder(
             entropies.append(float(means[0]))
             mlms.append(float(means[1]))
     audit.check()
-    return Adapted(Slot(start.layout, values), tuple(entropies), tuple(mlms))
+    return Adapted(Slot(start.layout, values.cpu()), tuple(entropies), tuple(mlms))
 
 
 def _gradient(
@@ -146,14 +146,14 @@ def _gradient(
     settings: ContrastiveSettings,
 ) -> tuple[Tensor, tuple[float, float]]:
     """Return the gradient `[size]` of both losses at the adapter, and the losses."""
-    device = next(adapted.base.parameters()).device
+    device = slot.values.device
     shown, labels = (tensor.to(device) for tensor in masked if tensor is not None)
     batch = batch.to(device)
     with torch.no_grad():
         keys = [layer_mean(s, batch.mask) for s in _states(adapted.base, batch.input_ids, batch.mask)[1:]]
     gradient = torch.zeros_like(slot.values)
     sink = SummedGradients(slot.layout, gradient, ("A", "B"))
-    with adapted.bound(slot.layout.views(slot.values.to(device)), sink=sink) as model:
+    with adapted.bound(slot.layout.views(slot.values), sink=sink) as model:
         states = _states(model, shown, batch.mask)
         views = [layer_mean(s, batch.mask) for s in states[1:]]
         entropy = entropy_loss(views, keys)

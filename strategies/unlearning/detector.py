@@ -9,7 +9,7 @@ them did not see, and from nothing else.
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,6 +76,12 @@ class Detector:
             found |= {f"{place}.{name}": getattr(each, name) for name in _TENSORS}
         return {name: tensor.contiguous().cpu() for name, tensor in found.items()}
 
+    def to(self, device: torch.device) -> "Detector":
+        """Return the same on a device."""
+        return replace(
+            self, statistics=tuple(each.to(device) for each in self.statistics), weights=self.weights.to(device)
+        )
+
     def about(self) -> dict[str, Any]:
         """Return the rest, in plain JSON types."""
         weight = asdict(self.weight)
@@ -125,7 +131,12 @@ class Detectors:
         columns = zip(*(detector.statistics for detector in self.each), strict=True)
         object.__setattr__(self, "_stacked", tuple(StackedStatistics.of(list(column)) for column in columns))
         object.__setattr__(self, "_weights", torch.stack([detector.weights for detector in self.each]))
-        object.__setattr__(self, "thresholds", torch.tensor([each.threshold for each in self.each]).double())
+        thresholds = torch.tensor([each.threshold for each in self.each]).double()
+        object.__setattr__(self, "thresholds", thresholds.to(self._weights.device))
+
+    def to(self, device: torch.device) -> "Detectors":
+        """Return the same on a device: features that are there are asked about without leaving it."""
+        return Detectors([each.to(device) for each in self.each])
 
     def __len__(self) -> int:
         return len(self.each)
@@ -253,8 +264,11 @@ def svm_weights(terms: Tensor, *, nu: float) -> Tensor:
 def request_features(
     encoder: SharedEncoder, request: AuditedRequest, tokens: Tokens, rows: Ids, *, size: int = 128
 ) -> Tensor:
-    """Return the features `[rows, layers, d]` of some of a request's rows, in their order."""
+    """Return the features `[rows, layers, d]` of some of a request's rows, in their order, on the CPU.
+
+    Statistics are made there whatever the encoder computes on: scikit-learn reads them, and the labels are there.
+    """
     order = tokens.lengths[rows].argsort(kind="stable")
     chunks = [rows[order[start : start + size]] for start in range(0, len(order), size)]
-    found = torch.cat([encoder.features(request.batch(tokens, chunk, pad=encoder.pad)) for chunk in chunks])
+    found = torch.cat([encoder.features(request.batch(tokens, chunk, pad=encoder.pad)).cpu() for chunk in chunks])
     return torch.stack([found[place] for place in order.argsort().tolist()])

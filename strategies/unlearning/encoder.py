@@ -42,10 +42,15 @@ class SharedEncoder:
     pad: int = 0
     passes: int = field(default=0, init=False)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the base computes, and features are."""
+        return next(self.adapted.base.parameters()).device
+
     @torch.no_grad()
     def features(self, batch: Batch) -> Tensor:
         """Return unit layer means `[rows, layers, d]`, float32."""
-        batch = batch.to(next(self.adapted.base.parameters()).device)
+        batch = batch.to(self.device)
         states = self.states(batch)
         return torch.stack([masked_mean(states[layer], batch.mask) for layer in self.layers], dim=1)
 

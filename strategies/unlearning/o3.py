@@ -116,6 +116,8 @@ def unlearn(
     audit.declare("model", [*learner.base.model.parameters(), *learner.base.model.buffers(), work.model])
     audit.declare("model", learner.adapted.frame.matrices.values())
     audit.declare("slots", [slot.values, work.values, *(s.values for s in earlier)])
+    # On a GPU these are copies.
+    audit.declare("slots", [a for each in work.earlier for a in each.values()])
     losses, steps = [], 0
     with audit.watching():
         for lots in _epochs(learner, request, objective, settings=settings, seed=seed):

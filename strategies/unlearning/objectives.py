@@ -169,8 +169,8 @@ def _asked(
 def _without(learner: Learner, task: Classification, model: Tensor, avoid: Collection[int]) -> Blocks:
     """Return the model's blocks with a head that never gives some labels."""
     blocks = dict(learner.layout.views(model.to(learner.device)))
-    blocks.setdefault(("head", "weight"), task.head.weight)
-    bias = blocks.get(("head", "bias"), task.head.bias).clone()
+    blocks.setdefault(("head", "weight"), task.head.weight.to(learner.device))
+    bias = blocks.get(("head", "bias"), task.head.bias.to(learner.device)).clone()
     for label in avoid:
         bias[label] = -torch.inf
     blocks["head", "bias"] = bias
