@@ -1,6 +1,7 @@
 """Users' adapters trained in one batch over the bank, against one PEFT adapter a user; bytes a user; one update.
 
-    python -m benchmarks.personal [--stories DIRECTORY] [--rounds 5] [--users 64] [--many 100000] [--only TEXT]
+    python -m benchmarks.personal [--stories DIRECTORY] [--rounds 5] [--users 64] [--events 1 2 20] [--many 100000]
+        [--device cuda]
 
 Every user has 1, 2 or 20 new events (prompts of 32 to 64 random tokens with an answer), and gets 3 steps of AdamW on
 B of every matrix, rank 8, A frozen. Times run from "events at hand" to "adapters updated", so both sides make the
@@ -272,6 +273,7 @@ def main() -> None:
     parser.add_argument("--stories", metavar="DIRECTORY", help="the stories260k model; else a tiny random Llama")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--users", type=int, default=64)
+    parser.add_argument("--events", type=int, nargs="+", default=[1, 2, 20], help="new events of every user")
     parser.add_argument("--many", type=int, default=100_000, help="users of the larger store")
     parser.add_argument("--update-users", type=int, default=200)
     parser.add_argument("--minilm-users", type=int, default=8, help="users of MiniLM, whose rounds take long; 0: none")
@@ -287,7 +289,7 @@ def main() -> None:
     rows = [["work", "what", "median", "spread"]]
     for name, (work, users) in works.items():
         agree(work)
-        for each in (1, 2, 20):
+        for each in chosen.events:
             times = compared(work, users=users, each=each, rounds=chosen.rounds)
             _report(times, name=name, each=each, users=users, figures=figures, rows=rows)
     part, about = "cpu", settings(**_about(chosen))
@@ -326,6 +328,7 @@ def _report(
         middle, low, high = paired_ratio(times, variant, "bank")
         figures[f"{key}_{suffix}"] = middle
         rows.append([label, key, f"{middle:.2f}", f"{low:.2f}-{high:.2f}"])
+    print("; ".join(" ".join(row[1:]) for row in rows[-5:]), flush=True)
 
 
 def _storage(work: Work, *, many: int, figures: dict[str, float], rows: list[list[str]]) -> None:
