@@ -47,7 +47,8 @@ def forget_classes(
     exported: ExportedClassifier, base: BaseModel, request: ClassRequest, *, epochs: int, seed: int
 ) -> ExportedClassifier:
     """Return the classifier after GS-LoRA forgot the classes. Raises DataError for a request that does not fit."""
-    method = GsLora(GsLoraConfig())
+    # A store is asked again and again: without the hold, later requests bring earlier ones back (docs/log.md).
+    method = GsLora(GsLoraConfig(hold_weight=0.25, hold_bound=2.5))
     proposal = method.propose(plain(exported, base), request, BudgetConfig(epochs=epochs), seed=seed)
     return stacked(exported, proposal.factors, scale=proposal.adapted.scale)
 
