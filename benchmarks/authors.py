@@ -141,7 +141,9 @@ class World:
 
     def features(self, questions: Sequence[str]) -> Tensor:
         """Return the encoder's features of questions, in their order, on the CPU."""
-        tokens = tokenize_classification(Examples(tuple(questions)), self.tokenizer, max_length=64)
+        tokens = tokenize_classification(
+            Examples(tuple(questions), (0,) * len(questions)), self.tokenizer, max_length=64
+        )
         order = tokens.lengths.argsort(kind="stable")
         chunks = [order[start : start + 128] for start in range(0, len(order), 128)]
         batches = (collate([(tokens, int(row)) for row in chunk], pad=self.encoder.pad) for chunk in chunks)
