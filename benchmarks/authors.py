@@ -141,7 +141,9 @@ class World:
 
     def features(self, questions: Sequence[str]) -> Tensor:
         """Return the encoder's features of questions, in their order, on the CPU."""
-        tokens = tokenize_classification(Examples(tuple(questions)), self.tokenizer, max_length=64)
+        tokens = tokenize_classification(
+            Examples(tuple(questions), (0,) * len(questions)), self.tokenizer, max_length=64
+        )
         order = tokens.lengths.argsort(kind="stable")
         chunks = [order[start : start + 128] for start in range(0, len(order), 128)]
         batches = (collate([(tokens, int(row)) for row in chunk], pad=self.encoder.pad) for chunk in chunks)
@@ -249,32 +251,40 @@ def likelihoods(world: World, examples: Examples, gate: ForgettingGate | None, w
 
 
 @torch.no_grad()
-def said(world: World, questions: Sequence[str], gate: ForgettingGate | None, weights: Weights) -> list[str | None]:
-    """Return the greedy answer to every question, None where it does not end within `ANSWER` tokens."""
-    learner, tokenizer = world.learner, world.learner.base.tokenizer
-    device = learner.device
+def greedy(
+    learner: Learner, prompts: Sequence[Sequence[int]], gate: ForgettingGate | None, weights: Weights, *, together: int
+) -> list[list[int]]:
+    """Return the greedy `ANSWER` tokens after every prompt's tokens, padded behind the end; `together` in a batch."""
+    device, tokenizer = learner.device, learner.base.tokenizer
     views = learner.layout.views(learner.start().to(device))
-    ids = [tokenizer(prompt(question), add_special_tokens=True)["input_ids"] for question in questions]
-    found: list[str | None] = [None] * len(ids)
-    order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
-    together = TOGETHER if device.type == "cpu" else TOGETHER_ON_GPU
+    found: list[list[int]] = [[]] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     for start in range(0, len(order), together):
         rows = order[start : start + together]
-        longest = len(ids[rows[-1]])
+        longest = len(prompts[rows[-1]])
         given = torch.full((len(rows), longest), learner.pad)
         mask = torch.zeros_like(given)
         for place, row in enumerate(rows):
-            given[place, longest - len(ids[row]) :] = torch.tensor(ids[row])
-            mask[place, longest - len(ids[row]) :] = 1
+            given[place, longest - len(prompts[row]) :] = torch.tensor(prompts[row])
+            mask[place, longest - len(prompts[row]) :] = 1
         with learner.adapted.bound(views, overlay=_overlay(gate, weights, rows, device)) as base:
             made = base.generate(  # type: ignore[operator]
                 input_ids=given.to(device), attention_mask=mask.to(device), max_new_tokens=ANSWER, do_sample=False,
                 use_cache=True, pad_token_id=learner.pad, eos_token_id=int(tokenizer.eos_token_id),
             )  # fmt: skip
         for row, answer in zip(rows, made[:, longest:].tolist(), strict=True):
-            if tokenizer.eos_token_id in answer:
-                found[row] = tokenizer.decode(answer[: answer.index(tokenizer.eos_token_id)]).strip()
+            found[row] = answer
     return found
+
+
+def said(world: World, questions: Sequence[str], gate: ForgettingGate | None, weights: Weights) -> list[str | None]:
+    """Return the greedy answer to every question, None where it does not end within `ANSWER` tokens."""
+    learner, tokenizer = world.learner, world.learner.base.tokenizer
+    ids = [tokenizer(prompt(question), add_special_tokens=True)["input_ids"] for question in questions]
+    together = TOGETHER if learner.device.type == "cpu" else TOGETHER_ON_GPU
+    end = tokenizer.eos_token_id
+    answers = greedy(learner, ids, gate, weights, together=together)
+    return [tokenizer.decode(each[: each.index(end)]).strip() if end in each else None for each in answers]
 
 
 def recall(reference: str, candidate: str | None) -> float:
