@@ -25,6 +25,7 @@ from lora.overlay import Overlay, Overlaying
 from strategies.unlearning.encoder import SharedEncoder
 from tasks.config import ModelConfig, TaskConfig
 from tasks.examples import Examples
+from tasks.heads import pool
 from tasks.learner import Learner, build_learner
 from tasks.tokens import Tokens
 
@@ -189,8 +190,7 @@ def logits_of(world: World, tokens: Tokens, rows: NDArray[np.int64], slots: tupl
         here = batch.to(learner.device)
         with learner.adapted.bound(views, overlay=overlay) as base:
             states = base(input_ids=here.input_ids, attention_mask=here.mask).last_hidden_state
-        mask = torch.ones(states.shape[:2], device=states.device) if here.mask is None else here.mask.float()
-        pooled = torch.einsum("nt,ntd->nd", mask, states) / mask.sum(1, keepdim=True)
+        pooled = pool(states, here, task.pooling)  # type: ignore[attr-defined]
         made = task.head.logits(  # type: ignore[attr-defined]
             pooled, weight=views["head", "weight"], bias=views["head", "bias"], sink=None
         )
