@@ -14,7 +14,8 @@
 
 Every method gets the same rows and the same number of steps. `--on validation` is for choosing settings.
 `--attack-seeds N` attacks the last classifier of the first N seeds; `--retrained N` trains N classifiers for each of
-them, without the requests' rows on all the others: seconds against those of a request, and what LiRA compares with.
+them, without the requests' rows on all the others: what LiRA compares with, and seconds against those of a request (by
+row, for the rows that were not asked for so far, mean over the requests).
 `--set` changes settings of every GS-LoRA, `--own` those of one method. `--factors` tries so many times every method's
 own rate, with seed 0 and the first `--search` requests, and keeps the one with the best H on validation rows.
 """
@@ -52,7 +53,7 @@ from strategies.unlearning.prototypes import Prototypes
 from strategies.unlearning.stream import Moment, Report, SampleConfig, requests, run, sampled
 from tasks.config import DataConfig, ModelConfig
 from tasks.data import load_splits
-from tasks.encoders import Rows
+from tasks.encoders import Rows, labels_of
 from tasks.images import builtin_images, load_images
 from tasks.vision import VitConfig
 
@@ -324,6 +325,18 @@ def retrained(
     return made
 
 
+def so_far(course: Course) -> float:
+    """Return the rows that retraining after a request takes (those not asked for so far), mean over the requests.
+
+    Over the rows that are left at the end, which is what `retrained` trains on and times.
+    """
+    labels, gone, left = labels_of(course.train), set[int](), []
+    for named in course.sequence:
+        gone |= set(named)
+        left.append(int((~np.isin(labels, sorted(gone))).sum()))
+    return statistics.fmean(left) / left[-1]
+
+
 def attacked(
     course: Course, model: Classifier, stream: Sequence[ClassRequest], gold: Sequence[Classifier]
 ) -> dict[str, float]:
@@ -351,11 +364,16 @@ def attacked(
 
 
 def figures(
-    found: Mapping[str, Mapping[str, Found]], lines: Sequence[Sequence[str]], earlier: Mapping[str, float]
+    found: Mapping[str, Mapping[str, Found]],
+    lines: Sequence[Sequence[str]],
+    earlier: Mapping[str, float],
+    *,
+    retrain_share: float = 1.0,
 ) -> dict[str, float]:
     """Return what the results file holds; a figure whose course or method was left out is not there.
 
-    `earlier` are the file's figures: the best baseline may have been measured by another command.
+    `earlier` are the file's figures: the best baseline may have been measured by another command. `retrain_share`:
+    see `so_far`.
     """
     made: dict[str, float] = {}
     for course, methods_of in found.items():
@@ -369,7 +387,7 @@ def figures(
     gs = found.get("texts", {}).get("GS-LoRA")
     whole = [float(line[-1]) for line in lines if line[:2] == ["texts", "retrained whole"]]
     if gs is not None and whole:
-        made["retrain_over_request_s"] = statistics.fmean(whole) / gs.seconds
+        made["retrain_over_request_s"] = statistics.fmean(whole) * retrain_share / gs.seconds
     renamed = {
         "h_gs_lora": "h_texts_gs_lora",
         "h_gs_lora_pp_fewshot": "h_few_shot_gs_lorapp",
@@ -436,19 +454,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(1)
     found: dict[str, dict[str, Found]] = {}
-    lines = [[*HEADING]]
+    lines, share = [[*HEADING]], 1.0
     try:
         for name in chosen.courses:
             if name != "texts" or chosen.texts:
                 course = texts(chosen) if name == "texts" else images(chosen, name)
                 found[name] = measured(course, chosen, lines)
+                share = so_far(course) if name == "texts" else share
     except (LetheError, ValidationError) as error:
         raise SystemExit(f"error: {error}") from None
     about = {key: value for key, value in vars(chosen).items() if key not in ("texts", "images", "cache")}
     part = " ".join(found) + (f": {', '.join(chosen.methods)}" if chosen.methods else "")
     path = RESULTS / "unlearning.json"
     earlier = json.loads(path.read_text())["figures"] if path.exists() else {}
-    publish("unlearning", figures=figures(found, lines, earlier), rows=lines, about=settings(**about), part=part)
+    made = figures(found, lines, earlier, retrain_share=share)
+    publish("unlearning", figures=made, rows=lines, about=settings(**about), part=part)
 
 
 if __name__ == "__main__":
