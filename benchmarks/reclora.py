@@ -3,7 +3,7 @@
     python -m benchmarks.reclora [--data FOLDER_OR_CSV] [--seeds 5] [--splits per-user global-time] [--arms NAME ...]
         [--base reader] [--scorer MF] [--routers MF DIN] [--recommenders MF DIN ...] [--sample 16384] [--validation]
         [--set temperature=0.3 epochs=1 ...] [--own single-lora-equal-rank:rate=0.001 ...] [--rates 0.001 0.004 ...]
-        [--ranked 100] [--part NAME] [--kept DIRECTORY]
+        [--ranked 100] [--part NAME] [--kept DIRECTORY] [--first-seed 0] [--device cuda]
 
 Without `--data` the built-in world, where no arm gains. All arms of a seed share recommenders, cross-fitted scores of
 training rows, the sample, prompts, and a language model that is trained here without the sample (`--base reader`), or
@@ -14,7 +14,8 @@ training and weighs the stack.
 Arms of different size want rates of their own. `--rates` tries them for every arm that trains, with seed 0 on the
 first split: the first half of its validation rows ends training, the second chooses, by log loss. `--own` names them.
 With `--kept` a directory keeps every seed's recommenders and language model and every arm's answers, and a run that
-was broken off goes on. (It is for the same command only: nothing else is compared.) With `--part` the figures are
+was broken off goes on, or seeds that were measured side by side (`--first-seed`) are put together. (It is for the same
+settings only: nothing else is compared.) With `--part` the figures are
 written beside those that the results file has, their names led by the part's.
 
 - AUC, log loss, accuracy: mean over seeds, with the spread. `vs single`, `vs stack`: AUC minus that of the single LoRA
@@ -52,6 +53,8 @@ from strategies.personal.recommenders.remembered import Remembered
 from strategies.personal.recommenders.stack import Stack
 from strategies.personal.variants import VARIANTS, variant
 from strategies.personal.world import RECOMMENDERS, World, base_of
+from tasks.config import ModelConfig
+from tasks.device import place
 from tasks.recommendation.config import RatingsConfig, ReadingModelConfig
 from tasks.recommendation.files import load_interactions
 from tasks.recommendation.interactions import Floats, Interactions, Queries
@@ -142,11 +145,19 @@ class Seeded:
         """What all arms stand on."""
         path = self.plan.path(self.seed, "world.pickle")
         if path is not None and path.exists():
-            return pickle.loads(path.read_bytes())  # type: ignore[no-any-return]
+            return self._placed(pickle.loads(path.read_bytes()))
         made = self.plan.world(self.seed)
         if path is not None:
-            path.write_bytes(pickle.dumps(made))
-        return made
+            aside = path.with_suffix(".part")
+            aside.write_bytes(pickle.dumps(made))
+            aside.rename(path)
+        return self._placed(made)
+
+    def _placed(self, world: World) -> World:
+        """Put the language model where arms compute; what it was trained on, and the recommenders, stay on the CPU."""
+        placement = place(ModelConfig(device=self.plan.chosen.device, dtype="float32"))
+        model = world.base.model.to(placement.device)
+        return replace(world, base=replace(world.base, model=model, placement=placement))
 
     @cached_property
     def members(self) -> dict[str, Recommender]:
@@ -269,7 +280,7 @@ def gathered(plan: Plan, own: Mapping[str, Mapping[str, str]]) -> dict[str, Foun
     names = [*SIMPLE, READER, *plan.chosen.recommenders, "stack", *plan.chosen.arms]
     if plan.chosen.base == "minilm":
         names.remove(READER)
-    for seed in range(plan.chosen.seeds):
+    for seed in range(plan.chosen.first_seed, plan.chosen.first_seed + plan.chosen.seeds):
         seeded = Seeded(plan, seed)
         for name in names:
             one, each = seeded.found(name, own.get(name, {})), found.setdefault(name, Found())
@@ -327,6 +338,8 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="RecLoRA beside what it has to beat.")
     parser.add_argument("--data", help="a MovieLens folder or one table; default: the built-in world")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", help="where arms compute: cpu, cuda, cuda:N")
     parser.add_argument("--splits", nargs="+", choices=sorted(SPLITS), default=["per-user"])
     parser.add_argument("--arms", nargs="+", choices=sorted(VARIANTS), default=list(DEFAULT))
     parser.add_argument("--sample", type=int, default=16384)
@@ -401,7 +414,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     about = {"seeds": chosen.seeds, "data": "built-in" if chosen.data is None else "given", "rank": chosen.rank}
     about |= {"base": chosen.base if chosen.base in ("reader", "minilm") else Path(chosen.base).name}
     about |= {"scorer": chosen.scorer, "routers": chosen.routers, "folds": chosen.folds, "targets": chosen.targets}
-    about |= {"validation": chosen.validation, "ranked": chosen.ranked, "rates": chosen.rates, "own": own}
+    about |= {
+        "device": chosen.device,
+        "validation": chosen.validation,
+        "ranked": chosen.ranked,
+        "rates": chosen.rates,
+        "own": own,
+    }
     if chosen.part:
         figures = {f"{chosen.part}_{key}": value for key, value in figures.items()}
     publish("reclora", figures=figures, rows=lines, about=settings(**about, **config.model_dump()), part=chosen.part)
