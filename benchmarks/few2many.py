@@ -1,7 +1,8 @@
 """How many rows do adapters need? RecLoRA's learning curve beside one LoRA for everybody (Few2Many).
 
     python -m benchmarks.few2many [--data FOLDER_OR_CSV] [--sizes 512 2048 8192] [--rates 0.001 0.004 0.016]
-        [--fixed ARM:SIZE:RATE ...] [--seeds 2] [--arms NAME ...] [any other option of benchmarks.reclora]
+        [--fixed ARM:SIZE:RATE ...] [--seeds 2] [--arms NAME ...] [--device cuda]
+        [any other option of benchmarks.reclora]
 
 Recommenders learn from all training rows, adapters from a sample; smaller samples are in larger ones. All arms and
 sizes of a seed share one world (`benchmarks.reclora`), whose language model has not read the largest sample. Few rows
@@ -70,7 +71,7 @@ def point(seeded: Seeded, name: str, size: int, changes: Mapping[str, str]) -> F
 def gathered(plan: Plan, own: Mapping[int, Mapping[str, Mapping[str, str]]]) -> Points:
     """Return every point over all seeds, the start first."""
     found: Points = {}
-    for seed in range(plan.chosen.seeds):
+    for seed in range(plan.chosen.first_seed, plan.chosen.first_seed + plan.chosen.seeds):
         seeded = Seeded(plan, seed)
         asked = [(START, max(own), {}), *((name, size, own[size][name]) for size in own for name in own[size])]
         for name, size, changes in asked:
@@ -178,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     beside = differences(plan, found, chosen.arms)
     about = {"seeds": chosen.seeds, "data": "built-in" if chosen.data is None else "given", "rank": chosen.rank}
     about |= {"split": chosen.splits[0], "base": chosen.base, "scorer": chosen.scorer, "routers": chosen.routers}
-    about |= {"rates": chosen.rates, "own": own}
+    about |= {"rates": chosen.rates, "own": own, "device": chosen.device}
     figures = figures_of(found, beside, chosen.arms)
     publish("few2many", figures=figures, rows=table(found, beside), about=settings(**about, **config.model_dump()))
     (RESULTS / "few2many.svg").write_text(picture(found, chosen.arms, chosen.sizes))

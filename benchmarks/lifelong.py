@@ -1,7 +1,7 @@
 """Users for life, replayed in order of time: what it is worth to bring users up to date, and what it costs.
 
     python -m benchmarks.lifelong [--data FOLDER_OR_CSV] [--start 0.5] [--periods 6] [--sample 600] [--seeds 1]
-        [--router MF|DIN|SASRec] [--no-anew] [--set rate=0.003 ...]
+        [--router MF|DIN|SASRec] [--no-anew] [--set rate=0.003 ...] [--first-seed 0] [--kept DIRECTORY] [--device cuda]
 
 A reader (the frozen language model) learns the texts before the start. At the start a recommender, meta-LoRAs and
 routers are fitted on everything before it, the adapters on a sample that neither reader nor recommender has seen; then
@@ -12,24 +12,30 @@ meta-LoRAs and routers from scratch on everything before each period; the reader
 - AUC, log loss: likes among `--sample` events of every period; the last columns are of all of them. `minus`:
   differences of AUC, seed 0, whole users redrawn, 95 %.
 - newcomers: users without an event at the start, by events seen before the one asked about.
-- costs, CPU seconds: bringing a whole period's users up to date, one user with one new event (median of 30), one fit.
+- costs: bringing a whole period's users up to date, one user with one new event (median of 30), one fit. In CPU
+  seconds; with `--device cuda`, where language model and adapters compute then, by the wall clock.
 
-The table, `results/lifelong.json` and `results/lifelong.svg` are written.
+With `--kept` a directory keeps what came of every seed, and seeds that were replayed side by side (`--first-seed`) are
+put together by the same command over all of them; nothing else is compared. The table, `results/lifelong.json` and
+`results/lifelong.svg` are written.
 """
 
 import argparse
 import copy
+import pickle
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import cycle
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
 import torch
 
-from benchmarks.measure import RESULTS, publish, settings
+from benchmarks.measure import RESULTS, publish, seconds, settings
 from lethe.page import STYLE
 from lethe.plots import Canvas, Series, plain
 from lora.config import AdapterConfig
@@ -39,9 +45,11 @@ from strategies.personal.config import PersonalConfig, RouterName
 from strategies.personal.fitting import few, without_sample
 from strategies.personal.lifelong import LifelongUsers
 from strategies.personal.personalized import Personalized
-from strategies.personal.replay import ARMS, EVENT, Replayed, before, periods, replay
+from strategies.personal.replay import ARMS, EVENT, Period, Replayed, before, periods, replay
 from strategies.personal.representation import Recommended
 from strategies.personal.world import RECOMMENDERS
+from tasks.config import ModelConfig
+from tasks.device import place
 from tasks.models import BaseModel
 from tasks.recommendation.config import RatingsConfig
 from tasks.recommendation.files import load_interactions
@@ -70,7 +78,8 @@ class Fitter:
         sample = few(unread.train, self.config.sample, seed=self.seed)
         recommender = RECOMMENDERS[self.chosen.router]()
         recommender.fit(log, replace(split, train=np.setdiff1d(split.train, sample)), seed=self.seed)
-        base = replace(self.base, model=copy.deepcopy(self.base.model))
+        placement = place(ModelConfig(device=self.chosen.device, dtype="float32"))
+        base = replace(self.base, model=copy.deepcopy(self.base.model).to(placement.device), placement=placement)
         asking = Asking(base, scorer=recommender, base_score=self.config.base_score, history=self.config.history)
         adapter = AdapterConfig(rank=4, alpha=8.0, targets="all")
         representation = Recommended([recommender], self.config.routing)  # type: ignore[list-item]
@@ -81,15 +90,17 @@ class Fitter:
         return one
 
 
-def one_update(model: Personalized, log: Interactions, moment: int, *, rounds: int = 30) -> tuple[float, float]:
-    """Return the median CPU seconds of one user's one new event, and bytes of a slot."""
+def one_update(
+    model: Personalized, log: Interactions, moment: int, *, device: str, rounds: int = 30
+) -> tuple[float, float]:
+    """Return the median seconds of one user's one new event, and bytes of a slot."""
     users = LifelongUsers(model, log)
     users.start(log.taken(np.flatnonzero(log.times < moment)))
     names, found = cycle(users.names()), []
     for number in range(rounds):
-        begun = time.process_time()
+        begun = seconds(device)
         users.observe(next(names), log.catalogue.names[number], 4.0, int(log.times.max()) + 1 + number)
-        found.append(time.process_time() - begun)
+        found.append(seconds(device) - begun)
     return statistics.median(found), users.slots.slot_bytes
 
 
@@ -203,6 +214,9 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sample", type=int, default=600, help="events of every period that are asked about")
     parser.add_argument("--early", type=int, default=100, help="more of newcomers, in each stretch of events seen")
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--kept", type=Path, help="where what came of every seed is kept")
+    parser.add_argument("--device", default="cpu", help="where language model and adapters compute: cpu, cuda, cuda:N")
     parser.add_argument("--router", choices=get_args(RouterName), default="MF", help="scores and routes")
     parser.add_argument("--reader-epochs", type=int, default=4)
     parser.add_argument("--no-anew", dest="anew", action="store_false", help="leave out the arm trained anew")
@@ -221,24 +235,56 @@ def main(arguments: Sequence[str] | None = None) -> None:
         config = PersonalConfig(**{"sample": 4096, "epochs": 2, "checks": 2048, **own})
     except (LetheError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
-    runs = []
-    for seed in range(chosen.seeds):
-        split = before(log, times[0].begin)
-        rest = without_sample(split, config.sample, seed=seed)
-        base = train_reader(log, rest, ReaderSettings(epochs=chosen.reader_epochs), seed=seed)
-        print(f"seed {seed}: reader ready, CPU {time.process_time():.0f} s", flush=True)
-        fitter = Fitter(base, rest.train, chosen, config, seed=seed)
-        runs.append(replay(log, fitter, times, sample=chosen.sample, early=chosen.early, anew=chosen.anew, seed=seed))
-    report(runs, chosen, config, one_update(fitter.models[0], log, times[0].begin))
+    seeds = range(chosen.first_seed, chosen.first_seed + chosen.seeds)
+    runs, updates = zip(*(kept_run(log, times, chosen, config, seed=seed) for seed in seeds), strict=True)
+    report(runs, chosen, config, updates)
+
+
+Run = tuple[Replayed, tuple[float, float]]
+"""What came of a replay, and `one_update` of its first model."""
+
+
+def kept_run(
+    log: Interactions, times: Sequence[Period], chosen: argparse.Namespace, config: PersonalConfig, *, seed: int
+) -> Run:
+    """Return one seed's replay, kept or made now."""
+    path = None if chosen.kept is None else chosen.kept / f"replay-{seed}.pickle"
+    if path is not None and path.exists():
+        replayed, update = pickle.loads(path.read_bytes())
+        return replace(replayed, log=log), update
+    run = one_run(log, times, chosen, config, seed=seed)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(".part")
+        aside.write_bytes(pickle.dumps(run))
+        aside.rename(path)
+    return run
+
+
+def one_run(
+    log: Interactions, times: Sequence[Period], chosen: argparse.Namespace, config: PersonalConfig, *, seed: int
+) -> Run:
+    """Replay with one seed."""
+    rest = without_sample(before(log, times[0].begin), config.sample, seed=seed)
+    base = train_reader(log, rest, ReaderSettings(epochs=chosen.reader_epochs), seed=seed)
+    print(f"seed {seed}: reader ready, CPU {time.process_time():.0f} s", flush=True)
+    fitter, clock = Fitter(base, rest.train, chosen, config, seed=seed), partial(seconds, chosen.device)
+    found = replay(
+        log, fitter, times, sample=chosen.sample, early=chosen.early, anew=chosen.anew, seed=seed, clock=clock
+    )
+    return found, one_update(fitter.models[0], log, times[0].begin, device=chosen.device)
 
 
 def report(
-    runs: Sequence[Replayed], chosen: argparse.Namespace, config: PersonalConfig, update: tuple[float, float]
+    runs: Sequence[Replayed],
+    chosen: argparse.Namespace,
+    config: PersonalConfig,
+    updates: Sequence[tuple[float, float]],
 ) -> None:
     """Print the tables and write figures and picture."""
     arms = [arm for arm in ARMS if arm in runs[0].logits]
     figures = figures_of(runs, arms)
-    figures |= {"one_update_s": update[0], "slot_bytes": update[1]}
+    figures |= {"one_update_s": statistics.median(each for each, _ in updates), "slot_bytes": updates[0][1]}
     figures["period_update_s"] = statistics.fmean(value for run in runs for value in run.update_s)
     figures["period_users"] = statistics.fmean(value for run in runs for value in run.updated)
     figures["fit_s"] = statistics.fmean(value for run in runs for value in run.fit_s)
@@ -248,7 +294,8 @@ def report(
         key = f"updated_minus_{arm.replace(' ', '_')}"
         figures |= {f"{key}_auc": interval.value, f"{key}_low": interval.low, f"{key}_high": interval.high}
     lines = drift_table(runs, arms)
-    about = {**vars(chosen), "data": "built-in" if chosen.data is None else "given", "personal": config.model_dump()}
+    about = {key: value for key, value in vars(chosen).items() if key != "kept"}
+    about |= {"data": "built-in" if chosen.data is None else "given", "personal": config.model_dump()}
     publish("lifelong", figures=figures, rows=lines, about=settings(**about))
     for line in newcomer_lines(runs, arms):
         print(" | ".join(line))

@@ -128,7 +128,7 @@ class Personalized:
     def logits_of_slots(self, log: Interactions, queries: Queries, slots: Tensor) -> Floats:
         """Return the log odds when mixtures are given, `slots [queries, size]`, such as rows of a bank of users."""
         self._check_slots()
-        views = self.parts.meta.layout.views(slots)
+        views = self.parts.meta.layout.views(slots.to(self.base.placement.device))
         return self.answered(self.asking(log, queries), lambda found: {key: view[found] for key, view in views.items()})
 
     @torch.no_grad()

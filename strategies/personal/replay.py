@@ -91,9 +91,9 @@ class Replayed:
     """1 where the user had no event at the start."""
     logits: dict[str, Floats] = field(default_factory=dict)
     fit_s: list[float] = field(default_factory=list)
-    """CPU seconds of every fit, the first at the start."""
+    """Seconds of every fit by the replay's clock, the first at the start."""
     update_s: list[float] = field(default_factory=list)
-    """CPU seconds of bringing all users of a period up to date, and how many."""
+    """Seconds of bringing all users of a period up to date, and how many."""
     updated: list[int] = field(default_factory=list)
 
     def drift(self, arm: str) -> list[Likes]:
@@ -137,15 +137,17 @@ def replay(
     early: int = 100,
     anew: bool = True,
     seed: int = 0,
+    clock: Callable[[], float] = time.process_time,
 ) -> Replayed:
     """Serve every period by every arm; nothing later than an event is known when it is asked about.
 
     `sample` rows of every period are asked about, drawn at random, and of newcomers' events in each stretch of `SEEN`
-    up to `early` more in each period. Without `anew`, that arm is left out.
+    up to `early` more in each period. Without `anew`, that arm is left out. `clock` tells seconds: of the CPU, unless
+    the model computes elsewhere.
     """
     found = _asked(log, times, sample=sample, early=early, seed=seed)
     scores: dict[str, list[Floats]] = {}
-    model = _timed_fit(found, fitted, times[0].begin)
+    model = _timed_fit(found, fitted, times[0].begin, clock)
     users = LifelongUsers(model, log)
     users.start(log.taken(np.flatnonzero(log.times < times[0].begin)))
     frozen, latest = _copied(users), model
@@ -153,7 +155,7 @@ def replay(
         queries = log.queries(found.rows[found.period == number])
         names = [log.user_names[user] for user in log.users[found.rows[found.period == number]]]
         if number and anew:
-            latest = _timed_fit(found, fitted, period.begin)
+            latest = _timed_fit(found, fitted, period.begin, clock)
         current = _copied(users)
         each = {
             EVENT: model.logits(log, queries),
@@ -167,7 +169,7 @@ def replay(
             each[SCORER] = model.asking.scorer.logits(log, queries)
         for arm, odds in each.items():
             scores.setdefault(arm, []).append(odds)
-        _observe(found, users, log.taken(period.rows))
+        _observe(found, users, log.taken(period.rows), clock)
     found.logits = {arm: np.concatenate(parts) for arm, parts in scores.items()}
     return found
 
@@ -201,17 +203,17 @@ def _asked(log: Interactions, times: Sequence[Period], *, sample: int, early: in
     )  # fmt: skip
 
 
-def _timed_fit(found: Replayed, fitted: Fitted, moment: int) -> Personalized:
-    begun = time.process_time()
+def _timed_fit(found: Replayed, fitted: Fitted, moment: int, clock: Callable[[], float]) -> Personalized:
+    begun = clock()
     model = fitted(found.log, before(found.log, moment))
-    found.fit_s.append(time.process_time() - begun)
+    found.fit_s.append(clock() - begun)
     return model
 
 
-def _observe(found: Replayed, users: LifelongUsers, events: Interactions) -> None:
-    begun = time.process_time()
+def _observe(found: Replayed, users: LifelongUsers, events: Interactions, clock: Callable[[], float]) -> None:
+    begun = clock()
     observed = users.start(events)
-    found.update_s.append(time.process_time() - begun)
+    found.update_s.append(clock() - begun)
     found.updated.append(len(observed.versions))
 
 

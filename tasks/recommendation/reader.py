@@ -179,7 +179,7 @@ def read(base: BaseModel, tokens: Tokens) -> Floats:
     answering, found = Answering(base), np.empty(len(tokens))
     base.model.eval()
     for rows, batch in batches(tokens, pad=answering.pad):
-        found[rows] = answering(base.model, batch).double().numpy()
+        found[rows] = answering(base.model, batch.to(base.placement.device)).double().cpu().numpy()
     return found
 
 

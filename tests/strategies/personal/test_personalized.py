@@ -79,6 +79,21 @@ def test_one_users_routing_changes_no_bit_of_anothers_answer(world: Any, form: d
     assert np.array_equal(np.delete(after, 4), np.delete(before, 4))
 
 
+@pytest.mark.parametrize("routing", ["user", "pair"])
+def test_over_a_shared_frame_products_and_factors_train_and_answer_alike(world: Any, routing: str) -> None:
+    found = []
+    for mixing in ("product", "factor"):
+        one = world.arm(mixing=mixing, frame="shared", routing=routing, rate=0.02)
+        one.fit(world.log, world.split, seed=0)
+        kept = one.parts.meta.b.detach()
+        found.append((one.curve, kept, one.logits(world.log, asked(world))))
+    (curve, kept, odds), (other_curve, other_kept, other_odds) = found
+    assert curve == other_curve
+    assert len(set(curve)) > 1
+    assert torch.equal(kept, other_kept)
+    assert np.array_equal(odds, other_odds)
+
+
 ARMS: dict[str, Any] = {}
 
 
