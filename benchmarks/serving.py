@@ -4,11 +4,11 @@
         [--seconds 10] [--device cpu] [--dtype float32] [--smoke]
 
 Passes: a batch of 32 rows of 32 different users, rank 8, in CPU seconds on one thread, variants interleaved. `base` is
-the model without adapters, `bank` a gather of 32 slots and the adapted model, `peft` PEFT's `adapter_names` with the
+the model without adapters, `bank` the adapted model with 32 slots from memory, `peft` PEFT's `adapter_names` with the
 same adapters loaded (as many as the batch has; PEFT grows slower with every one that is loaded besides). Before
 anything is timed, bank and PEFT must agree to 1e-5. `n10000_over_n32` is the bank with so many users over the bank
 with 32, fresh users in every pass. Decoding is steps of one token after a prompt of 32, keys and values kept; the
-slots are gathered once, when the rows join, and the same is true of PEFT's batch. On a GPU (`--device cuda`, passes
+slots are copied once, when the rows join, and the same is true of PEFT's batch. On a GPU (`--device cuda`, passes
 only) all of it is timed by the clock and its figures end in `_gpu`; a half-precision base (`--dtype bfloat16`) adds
 `_bf16`. There bank and PEFT must agree far better than they differ from the bare model, and the decoder's prompt alone
 is compared, since rounding may choose another token.
@@ -43,6 +43,7 @@ from lora.codec import Layout
 from lora.config import AdapterConfig
 from lora.model import AdaptedModel
 from server.service.decoding import Decoding
+from server.service.lent import Desk
 from server.service.sources import BankSource
 from server.service.warm import Kept, WarmSlots
 from strategies.personal.rows import NUMBERS, NamedRows
@@ -195,12 +196,11 @@ def fresh(count: int) -> Callable[[], list[str]]:
 
 def encoding(work: Work, *, tokens: int, warm: WarmSlots, names: Callable[[], list[str]]) -> Callable[[], Tensor]:
     """Return one pass of the encoder through the bank."""
-    ids, buffer = work.ids(tokens), warm.buffer(ROWS)
+    ids, desk = work.ids(tokens), Desk(warm.turned, dtype=work.base.placement.dtype)
     mask = torch.ones_like(ids)
 
     def run() -> Tensor:
-        warm.gather(names(), buffer)
-        with work.adapted.bound(warm.turned.views(buffer)) as model:
+        with warm.lent(names()) as lent, work.adapted.bound(desk.blocks(lent)) as model:
             found: Tensor = model(input_ids=ids, attention_mask=mask).last_hidden_state
         return found
 
@@ -211,12 +211,13 @@ def decoding(
     work: Work, *, warm: WarmSlots, names: Callable[[], list[str]], steps: int = STEPS
 ) -> Callable[[], Tensor]:
     """Return a prefill and some steps of the decoder through the bank, as the service does it."""
-    ids, kept = work.ids(PROMPT).cpu(), warm.buffer(ROWS)
+    ids, rows = work.ids(PROMPT).cpu(), Decoding(work.base, work.adapted, warm.turned, rows=ROWS)
 
     def run() -> Tensor:
-        rows = Decoding(work.base, work.adapted, warm.turned, slots=kept)
-        warm.gather(names(), rows.free)
-        logits = rows.join([*ids], range(ROWS))
+        rows.keep([])
+        with warm.lent(names()) as lent:
+            rows.copy(lent)
+        logits = rows.join([*ids])
         for _ in range(steps):
             logits = rows.step(logits.argmax(1))
         return logits

@@ -79,11 +79,15 @@ class Layout:
 
     def views(self, flat: Tensor) -> dict[tuple[Part, str], Tensor]:
         """Return every block of `flat [..., size]` as a view `[..., *shape]`."""
-        lead = flat.shape[:-1]
-        return {
-            (entry.part, entry.name): flat[..., self.slices[entry.part, entry.name]].view((*lead, *entry.shape))
-            for entry in self.entries
-        }
+        return {key: self.block(key, flat[..., columns]) for key, columns in self.slices.items()}
+
+    def block(self, key: tuple[Part, str], numbers: Tensor) -> Tensor:
+        """Return the numbers of one block, `[..., entry size]`, as a view `[..., *shape]`."""
+        return numbers.view((*numbers.shape[:-1], *self._shapes[key]))
+
+    @cached_property
+    def _shapes(self) -> dict[tuple[Part, str], tuple[int, ...]]:
+        return {(entry.part, entry.name): entry.shape for entry in self.entries}
 
     def select(self, flat: Tensor, parts: Sequence[Part]) -> Tensor:
         """Return the given parts of `flat [..., size]`, concatenated in layout order."""
@@ -147,10 +151,14 @@ class Turned:
 
     def views(self, flat: Tensor) -> dict[tuple[Part, str], Tensor]:
         """Return every block of turned `flat [..., size]` as a view `[..., *shape]`, like `Layout.views`."""
-        lead, slices = flat.shape[:-1], self.layout.slices
-        return {
-            (each.part, each.name): flat[..., slices[each.part, each.name]].view((*lead, *each.shape[::-1])).mT
-            if each.part == "B"
-            else flat[..., slices[each.part, each.name]].view((*lead, *each.shape))
-            for each in self.layout.entries
-        }
+        return {key: self.block(key, flat[..., columns]) for key, columns in self.layout.slices.items()}
+
+    def block(self, key: tuple[Part, str], numbers: Tensor) -> Tensor:
+        """Return the numbers of one block, like `Layout.block`."""
+        if key[0] != "B":
+            return self.layout.block(key, numbers)
+        return numbers.view((*numbers.shape[:-1], *self._shapes[key])).mT
+
+    @cached_property
+    def _shapes(self) -> dict[tuple[Part, str], tuple[int, ...]]:
+        return {(each.part, each.name): each.shape[::-1] for each in self.layout.entries}

@@ -20,6 +20,23 @@ Blocks = Mapping[tuple[Part, str], Tensor]
 """Factors by part and site: B `[d_out, r]` (and A `[r, d_in]`), or one a group of rows: `[groups, d_out, r]`."""
 
 
+class _Factors(Mapping[str, tuple[Tensor, Tensor]]):
+    """A and B of every site, looked up when the model comes to it: blocks may be brought only then."""
+
+    def __init__(self, blocks: Blocks, frame: Mapping[str, Tensor]) -> None:
+        self._blocks, self._frame = blocks, frame
+
+    def __getitem__(self, name: str) -> tuple[Tensor, Tensor]:
+        key: tuple[Part, str] = ("A", name)
+        return self._blocks[key] if key in self._blocks else self._frame[name], self._blocks["B", name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._frame)
+
+    def __len__(self) -> int:
+        return len(self._frame)
+
+
 class AdaptedModel:
     """A frozen base model whose chosen linear layers take the low-rank update of whoever is bound.
 
@@ -38,6 +55,7 @@ class AdaptedModel:
         self._binding = Binding()
         self.layers = {site.name: self._adapt(site) for site in sites}
         self._recomputed: list[nn.Module] = []
+        self._rounded: tuple[Frame, torch.dtype, Mapping[str, Tensor]] | None = None
         self._anchor = torch.zeros((), device=device, requires_grad=True)
         self._versions = [(parameter, parameter._version) for parameter in base.parameters()]
 
@@ -68,11 +86,23 @@ class AdaptedModel:
 
         An overlay adds to some rows what they get on top.
         """
-        device = next(self.base.parameters()).device
-        frame = self.frame.matrices
-        factors = {name: (blocks.get(("A", name), frame[name].to(device)), blocks["B", name]) for name in self.layers}
-        with self._binding.of(Bound(factors, sink, self._anchor if sink is not None else None, overlay)):
+        missing = [name for name in self.layers if ("B", name) not in blocks]
+        if missing:
+            raise KeyError(f"there is no B of '{missing[0]}'")
+        own = next(self.base.parameters())
+        frame = self._frame_as(own.device, own.dtype)
+        anchor = self._anchor if sink is not None else None
+        with self._binding.of(Bound(_Factors(blocks, frame), sink, anchor, overlay)):
             yield self.base
+
+    def _frame_as(self, device: torch.device, dtype: torch.dtype) -> Mapping[str, Tensor]:
+        """Return the frame where the base computes, in its precision; it is rounded once and not in every pass."""
+        frame = self.frame.to(device)
+        if dtype not in (torch.bfloat16, torch.float16):
+            return frame.matrices
+        if self._rounded is None or self._rounded[0] is not frame or self._rounded[1] != dtype:
+            self._rounded = frame, dtype, {name: matrix.to(dtype) for name, matrix in frame.matrices.items()}
+        return self._rounded[2]
 
     @property
     def recomputes(self) -> bool:

@@ -9,6 +9,7 @@ from transformers import DynamicCache
 
 from lora.codec import Layout, Turned
 from lora.model import AdaptedModel
+from server.service.lent import Columns, Lent
 from tasks.models import BaseModel
 
 
@@ -16,15 +17,14 @@ class Decoding:
     """Rows of a decoder in the middle of writing: their keys and values, right-aligned, and copies of their slots.
 
     `lengths [rows]` counts the tokens that a row has; all rows end at the same column, so that one step adds one token
-    to each. A row joins by a prefill of its own and leaves by a selection of the others.
+    to each. A row joins by a prefill of its own and leaves by a selection of the others. There is room for `rows`.
     """
 
-    def __init__(self, base: BaseModel, adapted: AdaptedModel, layout: Layout | Turned, *, slots: Tensor) -> None:
-        self.base, self.adapted, self.layout = base, adapted, layout
+    def __init__(self, base: BaseModel, adapted: AdaptedModel, layout: Layout | Turned, *, rows: int) -> None:
+        self.base, self.adapted = base, adapted
         self.device = base.placement.device
         self.lengths = torch.zeros(0, dtype=torch.int64)
-        self._slots = slots
-        self._views: dict[tuple[int, int], Any] = {}
+        self.slots = Columns(layout, rows=rows, device=self.device, dtype=base.placement.dtype)
         self._cache = DynamicCache()
 
     @property
@@ -32,27 +32,20 @@ class Decoding:
         """Rows that are being written."""
         return len(self.lengths)
 
-    @property
-    def free(self) -> Tensor:
-        """The rest of the kept buffer of slots, `[room, size]`: new rows are gathered into it before `join`."""
-        return self._slots[self.rows :]
+    def copy(self, lent: Lent) -> None:
+        """Copy the slots of the rows that join next."""
+        self.slots.write(self.rows, lent)
 
-    def join(self, prompts: Sequence[Tensor], keep: Sequence[int]) -> Tensor:
-        """Read new prompts, whose slots are in `free` in order; returns the logits after each that is kept, `[n, V]`.
-
-        Rows of the buffer that are not kept are given up.
-        """
+    def join(self, prompts: Sequence[Tensor]) -> Tensor:
+        """Read new prompts, whose slots were copied before, in order; returns the logits after each, `[n, V]`."""
         first = self.rows
-        kept = torch.tensor(list(keep), dtype=torch.int64)
-        self._slots[first : first + len(kept)] = self._slots[first + kept]
-        chosen = [prompts[place] for place in keep]
-        lengths = torch.tensor([len(prompt) for prompt in chosen])
-        ids = torch.zeros(len(chosen), int(lengths.max()), dtype=torch.int64)
-        for row, prompt in enumerate(chosen):
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64)
+        for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)] = prompt
         cache = DynamicCache()
         # Padding stands on the right, where causal attention never looks back at it: no mask is needed.
-        logits = self._pass(ids, slice(first, first + len(chosen)), cache, mask=None, positions=None, last=lengths - 1)
+        logits = self._pass(ids, slice(first, first + len(prompts)), cache, mask=None, positions=None, last=lengths - 1)
         _right_align(cache, lengths)
         self._append(cache, lengths)
         return logits
@@ -73,9 +66,7 @@ class Decoding:
     def keep(self, rows: Sequence[int]) -> None:
         """Let all other rows go; their slots and what they have written are overwritten or freed."""
         chosen = torch.tensor(list(rows), dtype=torch.int64)
-        before = self.rows
-        self._slots[: len(chosen)] = self._slots[chosen]
-        self._slots[len(chosen) : before] = 0
+        self.slots.select(list(rows), of=self.rows)
         self.lengths = self.lengths[chosen]
         if not len(chosen):
             self._cache = DynamicCache()
@@ -92,20 +83,13 @@ class Decoding:
         wanted, place = torch.unique(last, return_inverse=True)
         given = {"attention_mask": mask, "position_ids": positions}
         moved = {key: value.to(self.device) for key, value in given.items() if value is not None}
-        with self.adapted.bound(self._blocks(rows)) as model:
+        with self.adapted.bound(self.slots.views(rows)) as model:
             found = model(
                 input_ids=ids.to(self.device), past_key_values=cache, use_cache=True,
                 logits_to_keep=wanted.to(self.device), **moved,
             ).logits  # fmt: skip
         picked: Tensor = found[torch.arange(len(ids)), place].float().cpu()
         return picked
-
-    def _blocks(self, rows: slice) -> Any:
-        """Return the blocks of some rows of the buffer, which stays where it is: a step is too short to cut it anew."""
-        key = rows.start, rows.stop
-        if key not in self._views:
-            self._views[key] = self.layout.views(self._slots[rows])
-        return self._views[key]
 
     def _append(self, cache: DynamicCache, lengths: Tensor) -> None:
         if not self.rows:

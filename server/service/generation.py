@@ -80,7 +80,7 @@ class Writing:
         self.base, self.warm = base, warm
         self.longest = longest or base.positions or 2048
         self._rows: list[_Row] = []
-        self._decoding = Decoding(base, adapted, warm.turned, slots=warm.buffer(rows))
+        self._decoding = Decoding(base, adapted, warm.turned, rows=rows)
         self._ends = _ends(base)
         self._next = torch.zeros(0, dtype=torch.int64)
 
@@ -110,23 +110,23 @@ class Writing:
     # --- Joining and leaving ---
 
     def _join(self, new: Sequence["Work[WriteAsked]"]) -> None:
-        free = self._decoding.free
-        versions = self.warm.gather([work.asked.adapter for work in new], free)
         prompts: list[Tensor] = []
         keep: list[int] = []
         rows: list[_Row] = []
-        for place, (work, version) in enumerate(zip(new, versions, strict=True)):
-            ids = self._ids(work.asked)
-            prompts.append(ids)
-            error = version if isinstance(version, LetheError) else self._too_long(work.asked, ids)
-            if error is not None:
-                work.tell(error)
-            elif not isinstance(version, LetheError):
-                keep.append(place)
-                provenance = Provenance.of(work.asked.adapter, version)
-                rows.append(_Row(work, provenance, len(ids), _source(work.asked)))
+        with self.warm.lent([work.asked.adapter for work in new]) as lent:
+            for place, (work, version) in enumerate(zip(new, lent.versions, strict=True)):
+                ids = self._ids(work.asked)
+                error = version if isinstance(version, LetheError) else self._too_long(work.asked, ids)
+                if error is not None:
+                    work.tell(error)
+                elif not isinstance(version, LetheError):
+                    keep.append(place)
+                    prompts.append(ids)
+                    provenance = Provenance.of(work.asked.adapter, version)
+                    rows.append(_Row(work, provenance, len(ids), _source(work.asked)))
+            self._decoding.copy(lent.part(keep))
         if rows:
-            logits = self._decoding.join(prompts, keep)
+            logits = self._decoding.join(prompts)
             self._rows += rows
             self._take(logits, rows)
 

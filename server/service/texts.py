@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from lora.errors import LetheError, ModelError
+from lora.model import Blocks
 from lora.overlay import Overlaying
 from server.service.answers import BASE, Provenance
+from server.service.lent import Desk, Lent
 from server.service.warm import WarmSlots
 from tasks.examples import Examples
 from tasks.heads import TEMPERATURE, pool
@@ -67,7 +69,7 @@ class _Values:
 
 
 class Texts:
-    """Answers texts in batches of like length; slots are gathered once a batch into a buffer that is kept.
+    """Answers texts in batches of like length; slots are lent once for all of them.
 
     The slots hold B of every site, and A or the head where the learner's layout has them. Raises ModelError for a
     learner that is no classifier, or slots of another layout. `blank` answers where no adapter is asked for.
@@ -84,7 +86,7 @@ class Texts:
         self.learner, self.task, self.warm, self.gates = learner, learner.task, warm, gates
         self.labels = learner.labels
         warm.answer_blank(learner.start() if blank is None else blank)
-        self._kept = warm.buffer(rows)
+        self._desk = Desk(warm.turned, dtype=learner.base.placement.dtype)
 
     @torch.no_grad()
     def __call__(self, asked: Sequence[TextAsked]) -> list[TextAnswer | LetheError]:
@@ -92,41 +94,35 @@ class Texts:
         tokens = self._tokens([each.text for each in asked])
         order = [*buckets(tokens.lengths, overhead=float(self.learner.overhead), budget=self.learner.room.tokens)]
         places = [int(place) for group in order for place in group]
-        buffer = self._buffer(len(places))
-        versions = self.warm.gather([asked[place].adapter for place in places], buffer)
         found: list[TextAnswer | LetheError] = [ModelError("the text was not answered")] * len(asked)
         start = 0
-        for group in order:
-            own = slice(start, start + len(group))
-            batch = collate([(tokens, int(place)) for place in group], pad=self.learner.pad)
-            alone = len({asked[place].adapter for place in group}) == 1
-            answers = self._answers(batch, buffer[own], [asked[place] for place in group], alone=alone)
-            for place, version, answer in zip(group, versions[own], answers, strict=True):
-                found[place] = version if isinstance(version, LetheError) else answer.of(asked[place], version)
-            start += len(group)
+        with self.warm.lent([asked[place].adapter for place in places]) as lent:
+            for group in order:
+                own = lent.part(slice(start, start + len(group)))
+                batch = collate([(tokens, int(place)) for place in group], pad=self.learner.pad)
+                answers = self._answers(batch, own, [asked[place] for place in group])
+                for place, version, answer in zip(group, own.versions, answers, strict=True):
+                    found[place] = version if isinstance(version, LetheError) else answer.of(asked[place], version)
+                start += len(group)
         return found
 
     def _tokens(self, texts: Sequence[str]) -> Tokens:
         blank = Examples(tuple(texts), (0,) * len(texts))
         return tokenize_classification(blank, self.learner.base.tokenizer, max_length=self.task.max_length)
 
-    def _buffer(self, rows: int) -> Tensor:
-        if rows > len(self._kept):
-            self._kept = self.warm.buffer(rows)
-        return self._kept
-
-    def _answers(self, batch: Batch, slots: Tensor, asked: Sequence[TextAsked], *, alone: bool) -> "list[_Values]":
+    def _answers(self, batch: Batch, slots: Lent, asked: Sequence[TextAsked]) -> "list[_Values]":
         batch = batch.to(self.learner.device)
         gated = None if self.gates is None else self.gates(batch)
         mixed = [_NOTHING] * len(asked) if gated is None else gated.mixed()
-        logits, features = self._pass(batch, slots, alone=alone, overlay=None if gated is None else gated.overlay)
+        alone = len({each.adapter for each in asked}) == 1
+        blocks = self._desk.blocks(slots, alone=alone)
+        logits, features = self._pass(batch, blocks, overlay=None if gated is None else gated.overlay)
         shares, vectors = torch.softmax(logits, dim=1).tolist(), (features / TEMPERATURE**0.5).tolist()
         rows = zip(asked, shares, vectors, mixed, strict=True)
         return [_Values(share if each.kind == "classify" else vector, more) for each, share, vector, more in rows]
 
-    def _pass(self, batch: Batch, slots: Tensor, *, alone: bool, overlay: Overlaying | None) -> tuple[Tensor, Tensor]:
+    def _pass(self, batch: Batch, blocks: Blocks, *, overlay: Overlaying | None) -> tuple[Tensor, Tensor]:
         """Return logits and features of one padded batch, with a slot a row, or one for all of them."""
-        blocks = self.warm.turned.views(slots[0] if alone else slots)
         with self.learner.adapted.bound(blocks, overlay=overlay) as model:
             states = model(input_ids=batch.input_ids, attention_mask=batch.mask).last_hidden_state
         features = pool(states, batch, self.task.pooling)

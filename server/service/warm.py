@@ -1,8 +1,9 @@
 """Warm slots: those of users who were asked for lately, in memory beside the model; the others stay where they are."""
 
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from lora.codec import Layout, Turned
 from lora.errors import ConfigError, LetheError, Unknown
+from server.service.lent import Lent
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class WarmSlots:
     | a name that the source lacks | Unknown, in its place; the other rows are gathered |
     | a name that was written or removed meanwhile | the new slot at the next gather |
     | more names in a batch than rows | those beyond come from the source, none is evicted twice |
+    | a name that is written or removed while it is lent | the pass reads the old numbers, overwritten when it ends |
     | `doubt` (another process may have written) | every version is compared with the source's at its next use |
     | a pinned name | stays until unpinned or removed |
     """
@@ -112,6 +115,8 @@ class WarmSlots:
         self._free: list[int] = [*range(rows - 1, -1, -1)]
         self._pinned: set[str] = set()
         self._reads: list[_Read] = []
+        self._used: Counter[int] = Counter()
+        self._dropped: set[int] = set()
         self._epoch = 0
         source.listen(self.drop)
 
@@ -126,11 +131,25 @@ class WarmSlots:
         return name in self._entries
 
     def buffer(self, rows: int) -> Tensor:
-        """Return a buffer for `gather`, `[rows, size]`, float32, to be kept: fresh memory costs more than the copy."""
+        """Return a buffer for `gather`, `[rows, size]`, float32."""
         return torch.zeros(rows, self.layout.size, device=self.data.device)
 
     def gather(self, names: Sequence[str | None], out: Tensor) -> list[int | LetheError]:
         """Fill `out [>= names, size]` with a slot for every name, turned; returns versions, or why a row has none."""
+        with self.lent(names) as lent:
+            lent.copy(slice(None), out[: len(names)])
+        return [*lent.versions]
+
+    @contextmanager
+    def lent(self, names: Sequence[str | None]) -> Iterator[Lent]:
+        """Lend the slots of all names, turned, for the block: meanwhile nobody writes to the rows they are in."""
+        lent, rows = self._lend(names)
+        try:
+            yield lent
+        finally:
+            self._take_back(rows)
+
+    def _lend(self, names: Sequence[str | None]) -> tuple[Lent, list[int]]:
         distinct = [*dict.fromkeys(name for name in names if name is not None)]
         self._check(distinct)
         fetched: dict[str, tuple[Tensor, int] | LetheError] = {}
@@ -142,7 +161,7 @@ class WarmSlots:
                     self.traffic.hits += len(distinct) - len(wanted)
                     self.traffic.misses += len(wanted)
                 if not wanted:
-                    return self._fill(names, out, fetched)
+                    return self._found(names, fetched)
                 read = _Read(self._epoch, set(wanted))
                 self._reads.append(read)
             first = False
@@ -183,9 +202,26 @@ class WarmSlots:
                 read.names.difference_update(names)
             for name in names:
                 entry = self._entries.pop(name, None)
-                if entry is not None:
-                    self.data[entry.row].zero_()
-                    self._free.append(entry.row)
+                if entry is None:
+                    continue
+                if self._used[entry.row]:
+                    self._dropped.add(entry.row)
+                else:
+                    self._clear(entry.row)
+
+    def _clear(self, row: int) -> None:
+        self.data[row].zero_()
+        self._free.append(row)
+
+    def _take_back(self, rows: Sequence[int]) -> None:
+        with self._lock:
+            self._used.subtract(rows)
+            for row in {*rows}:
+                if not self._used[row]:
+                    del self._used[row]
+                    if row in self._dropped:
+                        self._dropped.remove(row)
+                        self._clear(row)
 
     def doubt(self) -> None:
         """Compare every version with the source's before it is used again."""
@@ -223,7 +259,7 @@ class WarmSlots:
         fetched: dict[str, tuple[Tensor, int] | LetheError] = {}
         for name in names:
             fetched[name] = found.faults.get(name) or missing(name)
-        values = self.turned.turned(found.values)
+        values = self.turned.turned(found.values).to(self.data.device)
         with self._lock:
             self._reads.remove(read)
             for name, value, version in zip(found.names, values, found.versions, strict=True):
@@ -238,46 +274,36 @@ class WarmSlots:
         if self._free:
             return self._free.pop()
         for name, entry in self._entries.items():
-            if name not in self._pinned and name not in keep:
+            if name not in self._pinned and name not in keep and not self._used[entry.row]:
                 del self._entries[name]
                 self.traffic.evictions += 1
                 return entry.row
         return None
 
-    def _fill(
-        self, names: Sequence[str | None], out: Tensor, fetched: Mapping[str, tuple[Tensor, int] | LetheError]
-    ) -> list[int | LetheError]:
-        entries = [None if name is None else self._entries.get(name) for name in names]
-        for name, entry in zip(names, entries, strict=True):
+    def _found(
+        self, names: Sequence[str | None], fetched: Mapping[str, tuple[Tensor, int] | LetheError]
+    ) -> tuple[Lent, list[int]]:
+        """Return what is lent, and the rows that are in use for it."""
+        rows, versions, extra = [0] * len(names), list[int | LetheError](), dict[int, Tensor]()
+        used: list[int] = []
+        for place, name in enumerate(names):
+            entry = None if name is None else self._entries.get(name)
             if name is not None and entry is not None:
                 self._entries.move_to_end(name)
-        if all(entry is not None for entry in entries):
-            rows = torch.tensor([entry.row for entry in entries if entry is not None], device=self.data.device)
-            self._copy(rows, out[: len(names)])
-            return [entry.version for entry in entries if entry is not None]
-        return [
-            self._put(entry, None if name is None else fetched.get(name), out[place])
-            for place, (name, entry) in enumerate(zip(names, entries, strict=True))
-        ]
+                rows[place] = entry.row
+                used.append(entry.row)
+                versions.append(entry.version)
+            else:
+                version, extra[place] = self._elsewhere(None if name is None else fetched[name])
+                versions.append(version)
+        self._used.update(used)
+        return Lent(self.data, torch.tensor(rows, dtype=torch.int64, device=self.data.device), versions, extra), used
 
-    def _put(
-        self, entry: _Entry | None, found: tuple[Tensor, int] | LetheError | None, out: Tensor
-    ) -> int | LetheError:
-        """Fill one row, from memory, from what was fetched, or with zeros."""
-        if entry is not None:
-            out.copy_(self.data[entry.row])
-            return entry.version
+    def _elsewhere(self, found: tuple[Tensor, int] | LetheError | None) -> tuple[int | LetheError, Tensor]:
+        """Return version and slot of what was fetched and not kept, or of the base model."""
         if isinstance(found, tuple):
-            out.copy_(found[0])
-            return found[1]
-        out.copy_(self._blank)
-        return 0 if found is None else found
-
-    def _copy(self, rows: Tensor, out: Tensor) -> None:
-        if self.data.dtype == out.dtype:
-            torch.index_select(self.data, 0, rows, out=out)
-        else:
-            out.copy_(self.data.index_select(0, rows))
+            return found[1], found[0]
+        return 0 if found is None else found, self._blank
 
 
 def missing(name: str) -> Unknown:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from lora.errors import DataError, Unknown
 from server.service.decoding import Decoding
 from server.service.generation import WriteAsked, Writing, Written
+from server.service.lent import Lent
 from server.service.queue import Work
 from server.service.sources import BankSource
 from server.service.warm import WarmSlots
@@ -62,7 +63,7 @@ def test_rows_that_join_and_leave_write_what_generate_writes_alone(
 def test_logits_do_not_depend_on_who_is_beside(decoder: Decoder, data: st.DataObject) -> None:
     """Rows join in any order and leave in any order; every step's logits are those of a row alone, to 1e-5."""
     layout, slots = decoder.slots.layout, drawn(decoder.slots.layout, 6, size=0.2)
-    many = Decoding(decoder.base, decoder.adapted, layout, slots=torch.zeros(8, layout.size))
+    many = Decoding(decoder.base, decoder.adapted, layout, rows=8)
     alone: list[Decoding] = []
     for _ in range(data.draw(st.integers(2, 5), label="turns")):
         new = data.draw(st.integers(0 if alone else 1, min(2, 6 - len(alone))), label="new")
@@ -71,11 +72,12 @@ def test_logits_do_not_depend_on_who_is_beside(decoder: Decoder, data: st.DataOb
                 torch.tensor(data.draw(st.lists(st.integers(3, 258), min_size=1, max_size=7))) for _ in range(new)
             ]
             who = [data.draw(st.integers(0, 5)) for _ in range(new)]
-            many.free[:new] = slots[who]
-            found = many.join(prompts, range(new))
+            many.copy(Lent.of(slots[who]))
+            found = many.join(prompts)
             for row, (prompt, own) in enumerate(zip(prompts, who, strict=True)):
-                single = Decoding(decoder.base, decoder.adapted, layout, slots=slots[own : own + 1].clone())
-                torch.testing.assert_close(found[row : row + 1], single.join([prompt], [0]), atol=1e-5, rtol=0)
+                single = Decoding(decoder.base, decoder.adapted, layout, rows=1)
+                single.copy(Lent.of(slots[own : own + 1]))
+                torch.testing.assert_close(found[row : row + 1], single.join([prompt]), atol=1e-5, rtol=0)
                 alone.append(single)
         tokens = torch.tensor(data.draw(st.lists(st.integers(3, 258), min_size=len(alone), max_size=len(alone))))
         found = many.step(tokens)
@@ -115,7 +117,9 @@ def test_one_who_is_gone_leaves_the_batch_and_no_numbers(decoder: Decoder) -> No
     goes.tell(Unknown("forgotten"))
     worker.step([])
     assert worker.running == 1
-    assert not worker._decoding.free.any()
+    slots = worker._decoding.slots
+    assert not any(block.any() for block in slots.views(slice(1, slots.rows)).values())
+    assert all(block.any() for block in slots.views(slice(0, 1)).values())
     finished(worker)
     assert list(stays.answer.result(0).tokens) == theirs(decoder, stays.asked)
 

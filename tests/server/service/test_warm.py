@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lora.codec import Entry, Layout
 from lora.errors import ConfigError, Unknown
+from server.service.lent import Desk
 from server.service.sources import BankSource
 from server.service.warm import Kept, WarmSlots
 from strategies.personal.slots import UserSlots
@@ -197,3 +198,41 @@ def test_readers_see_whole_slots_of_a_version_while_writers_write(tmp_path: Path
 def test_there_is_at_least_one_row() -> None:
     with pytest.raises(ConfigError, match="at least 1"):
         WarmSlots(BankSource(slots()), rows=0)
+
+
+def test_what_is_lent_stays_until_it_is_given_back_and_goes_then() -> None:
+    bank = slots()
+    warm = WarmSlots(BankSource(bank), rows=3)
+    out = torch.empty(2, 6)
+    with warm.lent(["user-5", "user-2", "user-5"]) as lent:
+        bank.remove(["user-5"])
+        # Others come to the row that is left, and not to one that is lent.
+        for name in ("user-1", "user-3", "user-4"):
+            assert gathered(warm, name)[0] == [float(name[-1])]
+        assert "user-2" in warm or (warm.data == 2).any()
+        lent.part([0, 1]).copy(slice(0, 6), out)
+        assert out[:, 0].tolist() == [5, 2] and list(lent.versions) == [1, 1, 1]
+        assert isinstance(gathered(warm, "user-5")[1][0], Unknown)
+    assert not (warm.data == 5).any()
+    assert gathered(warm, "user-0", "user-6", "user-7")[0] == [0, 6, 7] and len(warm) == 3
+
+
+def test_blocks_are_those_of_the_slots_wherever_they_come_from() -> None:
+    layout = Layout(
+        (Entry("B", "x", (3, 2)), Entry("B", "y", (3, 2)), Entry("A", "x", (2, 4)), Entry("head", "z", (3,)))
+    )
+    bank = UserSlots(layout, frame="f" * 64)
+    values = torch.randn(3, layout.size, generator=torch.Generator().manual_seed(0))
+    bank.add(["a", "b", "c"], values)
+    for dtype, exact in ((torch.float32, True), (torch.bfloat16, False)):
+        warm = WarmSlots(BankSource(bank), rows=2, dtype=dtype)
+        desk = Desk(warm.turned)
+        wanted = layout.views(torch.stack([values[0], values[1], torch.zeros(layout.size), values[2]]))
+        # Two are in memory, one is not there, and one has no room.
+        with warm.lent(["a", "b", None, "c"]) as lent:
+            found = desk.blocks(lent)
+            assert {*found} == {*wanted}
+            for key, block in wanted.items():
+                torch.testing.assert_close(found[key], block, atol=0 if exact else 0.02, rtol=0 if exact else 0.01)
+            for key, block in desk.blocks(lent.part([1]), alone=True).items():
+                torch.testing.assert_close(block, wanted[key][1], atol=0 if exact else 0.02, rtol=0 if exact else 0.01)
