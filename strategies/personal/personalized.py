@@ -23,10 +23,10 @@ from strategies.personal.recommenders.protocol import unfitted
 from strategies.personal.representation import Representation
 from strategies.personal.router import GateReport, Random, Router, Uniform, gate_of, gate_report
 from tasks.models import BaseModel
-from tasks.recommendation.answers import Answering, batches
+from tasks.recommendation.answers import Answering, batches, beginnings, packed
 from tasks.recommendation.interactions import Floats, Interactions, Ints, Queries
 from tasks.recommendation.splits import Split
-from tasks.tokens import Batch
+from tasks.tokens import Batch, Tokens
 
 BlocksOf = Callable[[Ints], Factors]
 """Indices of groups of rows -> the factors that answer them."""
@@ -133,18 +133,30 @@ class Personalized:
 
     @torch.no_grad()
     def answered(self, asked: Asked, blocks_of: BlocksOf, *, group: int = 1) -> Floats:
-        """Answer questions, `group` neighbours by one mixture each."""
-        found = np.empty(len(asked))
-        for rows, batch in batches(asked.tokens, pad=self.parts.answering.pad, group=group):
-            scores = self.scored(batch, asked.offsets[rows], blocks_of(rows[::group] // group))
-            found[rows] = scores.double().cpu().numpy()
-        return found
+        """Answer questions, `group` neighbours by one mixture each; a decoder reads once how their prompts begin."""
+        answering, found = self.parts.answering, np.empty((len(asked) // group, group))
+        alike = beginnings(asked.tokens, group=group) if answering.causal else np.zeros(len(found), dtype=np.int64)
+        for one in np.flatnonzero(alike).tolist():
+            rows = np.arange(one * group, (one + 1) * group)
+            ids = asked.tokens.ids[one * group : (one + 1) * group]
+            begun = torch.from_numpy(ids[0][: alike[one]])
+            rests = Tokens([row[alike[one] :] for row in ids])
+            batch = packed(rests, np.arange(group), pad=answering.pad)
+            scores = self.scored(batch, asked.offsets[rows], blocks_of(np.array([one])), begun=begun)
+            found[one] = scores.double().cpu().numpy()
+        others = np.flatnonzero(alike == 0)
+        rest = asked.take((others[:, None] * group + np.arange(group)).reshape(-1))
+        for rows, batch in batches(rest.tokens, pad=answering.pad, group=group):
+            groups = others[rows[::group] // group]
+            scores = self.scored(batch, rest.offsets[rows], blocks_of(groups))
+            found[groups] = scores.double().cpu().numpy().reshape(-1, group)
+        return found.reshape(-1)
 
-    def scored(self, batch: Batch, offsets: Floats, blocks: Factors) -> Tensor:
-        """Return log odds `[rows]` of one batch under given factors."""
+    def scored(self, batch: Batch, offsets: Floats, blocks: Factors, *, begun: Tensor | None = None) -> Tensor:
+        """Return log odds `[rows]` of one batch under given factors, whose rows all begin with `begun [tokens]`."""
         device = self.base.placement.device
         with self.adapted.bound(blocks) as model:
-            odds = self.parts.answering(model, batch.to(device))
+            odds = self.parts.answering(model, batch.to(device), begun=None if begun is None else begun.to(device))
         beside = torch.from_numpy(np.ascontiguousarray(offsets, dtype=np.float32)).to(device)
         return self.parts.calibration(beside, odds)  # type: ignore[no-any-return]
 

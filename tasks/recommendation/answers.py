@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import DynamicCache
 
 from lora.errors import ModelError
 from tasks.heads import pool
@@ -37,6 +38,25 @@ def batches(tokens: Tokens, *, pad: int, group: int = 1, budget: int = 16_384) -
     for found in buckets(longest, overhead=OVERHEAD_TOKENS / group, budget=max(budget // group, 1)):
         rows = (np.sort(found)[:, None] * group + np.arange(group)).reshape(-1)
         yield rows, packed(tokens, rows, pad=pad)
+
+
+def beginnings(tokens: Tokens, *, group: int) -> Ids:
+    """Return how many tokens of each group of neighbours are read once for all of them, `[groups]`.
+
+    It is what all rows begin with, less than the whole of any; 0 where two passes would take longer than one.
+    Candidates of one user differ in their last line only.
+    """
+    if group < 2:
+        return np.zeros(len(tokens), dtype=np.int64)
+    starts = range(0, len(tokens), group)
+    alike = np.fromiter((_alike(tokens.ids[first : first + group]) for first in starts), np.int64, count=len(starts))
+    return np.where(alike * (group - 1) > 2 * OVERHEAD_TOKENS, alike, 0)
+
+
+def _alike(ids: Sequence[Ids]) -> int:
+    least = min(len(row) for row in ids) - 1
+    different = np.flatnonzero((np.stack([row[:least] for row in ids]) != ids[0][:least]).any(axis=0))
+    return int(different[0]) if len(different) else least
 
 
 def packed(tokens: Tokens, rows: Ids, *, pad: int) -> Batch:
@@ -74,17 +94,26 @@ class Answering(nn.Module):
             self.weight = nn.Parameter(torch.zeros(base.width))
             self.bias = nn.Parameter(torch.zeros(()))
 
-    def forward(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Return log odds `[rows]`."""
+    def forward(self, model: nn.Module, batch: Batch, *, begun: Tensor | None = None) -> Tensor:
+        """Return log odds `[rows]`; decoders read what all rows have `begun` with, `[tokens]`, once."""
         if not self.causal:
             states = model(input_ids=batch.input_ids, attention_mask=batch.mask).last_hidden_state
             pooled: Tensor = pool(states, batch, "mean") @ self.weight + self.bias
             return pooled
         # Padding stands on the right, where causal attention never looks back at it: no mask is needed.
-        states = model.base_model(input_ids=batch.input_ids).last_hidden_state  # type: ignore[operator]
+        known = {} if begun is None else {"past_key_values": _read(model, begun, rows=len(batch)), "use_cache": True}
+        states = model.base_model(input_ids=batch.input_ids, **known).last_hidden_state  # type: ignore[operator]
         last = states[torch.arange(len(batch), device=states.device), batch.last]
         odds: Tensor = last.float() @ self.weight + self.bias
         return odds
+
+
+def _read(model: nn.Module, begun: Tensor, *, rows: int) -> DynamicCache:
+    """Return the keys and values of `begun [tokens]`, once for each of the rows."""
+    cache = DynamicCache()
+    model.base_model(input_ids=begun[None], past_key_values=cache, use_cache=True)  # type: ignore[operator]
+    cache.batch_repeat_interleave(rows)
+    return cache
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from strategies.personal.recommenders.stack import Stack
 from strategies.personal.representation import Recommended
 from tasks.config import ModelConfig
 from tasks.models import load_base
+from tasks.recommendation.answers import beginnings
 from tasks.recommendation.interactions import Queries
 from tasks.recommendation.metrics import auc
 from tasks.recommendation.prompts import ANSWERS
@@ -140,6 +141,17 @@ def test_candidates_of_one_user_share_a_mixture(world: Any) -> None:
     assert shared_run(many.take(slice(0, 9))) == 1
     alone = np.concatenate([one.logits(world.log, many.take(slice(i, i + 1))) for i in range(28)])
     np.testing.assert_allclose(one.logits(world.log, many), alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"mixing": "product", "frame": "own"}, {"gate": "uniform"}], ids=str)
+def test_histories_of_candidates_are_read_once_and_answers_are_the_same(world: Any, changes: dict[str, Any]) -> None:
+    one = world.tried(**changes)
+    # Two groups of many candidates, and one of a user whose history is too short to be worth it.
+    many = asked(world, 3).about(np.random.default_rng(0).integers(60, size=(3, 60)))
+    tokens = one.asking(world.log, many).tokens
+    assert beginnings(tokens, group=60).any()
+    alone = np.concatenate([one.logits(world.log, many.take(slice(i, i + 1))) for i in range(0, 180, 7)])
+    np.testing.assert_allclose(one.logits(world.log, many)[::7], alone, rtol=1e-4, atol=1e-5)
 
 
 def test_a_swapped_gate_moves_the_mixture_and_nothing_else(world: Any) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from lora.errors import ModelError
 from tasks.config import ModelConfig
 from tasks.models import load_base
-from tasks.recommendation.answers import Answering, answer_tokens, batches, packed, tokenized
+from tasks.recommendation.answers import Answering, answer_tokens, batches, beginnings, packed, tokenized
 from tasks.tokens import Tokens
 
 LLAMA = load_base(ModelConfig(name="tiny-llama", device="cpu"), causal=True)
@@ -79,3 +79,25 @@ def test_batches_hold_every_row_once_and_groups_together(lengths: list[int], gro
     for rows in found:
         groups = rows.reshape(-1, group)
         assert (groups % group == np.arange(group)).all() and (np.diff(groups, axis=1) == 1).all()
+
+
+def test_a_common_beginning_is_read_once_and_answers_are_the_same() -> None:
+    answering = Answering(LLAMA)
+    tokens = tokenized(["Heat (1995): Yes 8\n" * 4 + each for each in TEXTS], LLAMA.tokenizer, max_length=200)
+    begun = torch.from_numpy(tokens.ids[0][:70])
+    rests = packed(Tokens([ids[70:] for ids in tokens.ids]), np.arange(3), pad=answering.pad)
+    with torch.no_grad():
+        whole = answering(LLAMA.model, packed(tokens, np.arange(3), pad=answering.pad))
+        torch.testing.assert_close(answering(LLAMA.model, rests, begun=begun), whole, rtol=1e-4, atol=1e-5)
+        other = answering(LLAMA.model, rests, begun=begun.flip(0))
+    assert float((other - whole).abs().min()) > 1e-3
+
+
+def test_only_what_every_row_goes_on_from_is_read_once() -> None:
+    long = np.arange(100, 900)
+    rows = [np.append(long, 1), np.append(long, 2), long, long[::-1], np.append(long[:50], 3), np.append(long[:50], 4)]
+    assert beginnings(Tokens(rows), group=2).tolist() == [0, 0, 0]
+    many = [row for row in rows for _ in range(100)]
+    assert beginnings(Tokens(many), group=200).tolist() == [800, 0, 50]
+    assert beginnings(Tokens([long] * 2), group=2).tolist() == [0] and not beginnings(Tokens(rows), group=1).any()
+    assert len(beginnings(Tokens([]), group=3)) == 0
