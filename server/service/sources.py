@@ -17,10 +17,10 @@ class BankSource:
 
     def kept(self, names: Sequence[str]) -> Kept:
         """Return copies of the slots of those names that are there."""
-        with self.slots.rows.steady() as data:
+        with self.slots.rows.steady():
             found = {name: place for name in names if (place := self.slots.rows.find(name)) is not None}
-            rows = torch.tensor([row for row, _ in found.values()], dtype=torch.int64)
-            return Kept(tuple(found), data.index_select(0, rows), tuple(version for _, version in found.values()))
+            values = self.slots.rows.read([row for row, _ in found.values()])
+            return Kept(tuple(found), values, tuple(version for _, version in found.values()))
 
     def versions(self, names: Sequence[str]) -> dict[str, int]:
         """Return the versions of those names that are there."""

@@ -33,6 +33,10 @@ class Numbers(Protocol):
     def grow(self, room: int) -> None:
         """Make room for so many rows; the new ones are zero."""
 
+    def read(self, rows: Sequence[int]) -> Tensor:
+        """Return copies of some rows, `[n, width]`."""
+        ...
+
     def write(self, rows: Sequence[int], values: Tensor) -> None:
         """Overwrite some rows, durably where the numbers are durable at all."""
 
@@ -51,6 +55,10 @@ class MemoryNumbers:
         larger = torch.zeros(room, self.data.shape[1])
         larger[: len(self.data)] = self.data
         self.data = larger
+
+    def read(self, rows: Sequence[int]) -> Tensor:
+        """Return copies of some rows."""
+        return self.data.index_select(0, torch.tensor(rows, dtype=torch.int64))
 
     def write(self, rows: Sequence[int], values: Tensor) -> None:
         """Overwrite some rows."""
@@ -76,6 +84,12 @@ class FileNumbers:
         """Lengthen the file (with a hole) and map it anew; what was mapped before stays valid."""
         os.ftruncate(self._file, room * self._stride)
         self.data = self._mapped()
+
+    def read(self, rows: Sequence[int]) -> Tensor:
+        """Return copies of some rows; those that memory has not come from the disk side by side, not in turn."""
+        for row in rows:
+            os.posix_fadvise(self._file, row * self._stride, self._stride, os.POSIX_FADV_WILLNEED)
+        return self.data.index_select(0, torch.tensor(rows, dtype=torch.int64))
 
     def write(self, rows: Sequence[int], values: Tensor) -> None:
         """Overwrite some rows and wait for the disk."""
@@ -171,6 +185,11 @@ class NamedRows:
         """Keep rows where they are, whatever other threads do, and return all numbers `[room, width]`."""
         with self._lock:
             yield self.numbers.data
+
+    def read(self, rows: Sequence[int]) -> Tensor:
+        """Return copies of some rows, `[n, width]`, by the places that `find` gave; `steady` keeps them there."""
+        with self._lock:
+            return self.numbers.read(rows)
 
     def replace(self, names: Sequence[str], values: Tensor) -> int:
         """Make `values [names, width]` the rows of some names, known or new; returns the version.

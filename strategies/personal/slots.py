@@ -85,10 +85,9 @@ class UserSlots:
 
     def read(self, users: Sequence[str]) -> ReadSlots:
         """Return copies of some users' slots, and their versions. Raises DataError for an unknown user."""
-        with self.rows.steady() as data:
+        with self.rows.steady():
             found = self._found(users)
-            rows = torch.tensor([row for row, _ in found], dtype=torch.int64)
-            return ReadSlots(data.index_select(0, rows), tuple(version for _, version in found))
+            return ReadSlots(self.rows.read([row for row, _ in found]), tuple(version for _, version in found))
 
     def add(self, users: Sequence[str], start: Tensor) -> int:
         """Add new users with a start vector `[size]` (the same for all) or one each `[users, size]`.

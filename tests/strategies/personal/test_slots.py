@@ -193,6 +193,26 @@ def test_growth_doubles_and_moves_nobody(counts: list[int]) -> None:
     assert len(rooms) <= 2 + max(0, users // 64).bit_length()
 
 
+def test_the_disk_is_asked_for_all_slots_before_the_first_is_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slots = opened(tmp_path)
+    slots.add(["a", "b", "c"], filled(1, 2, 3))
+    asked, ask = [], os.posix_fadvise
+
+    def listen(file: int, start: int, length: int, advice: int) -> None:
+        asked.append((start // length, length, advice))
+        ask(file, start, length, advice)
+
+    monkeypatch.setattr(os, "posix_fadvise", listen)
+    found = slots.read(["c", "a"]).values
+    assert torch.equal(found, filled(3, 1))
+    rows = [place[0] for user in ("c", "a") if (place := slots.rows.find(user))]
+    assert asked == [(row, 4 * LAYOUT.size, os.POSIX_FADV_WILLNEED) for row in rows]
+    found.zero_()
+    assert torch.equal(slots.read(["a"]).values, filled(1))
+
+
 def test_nothing_of_a_removed_user_is_left_in_the_files(tmp_path: Path) -> None:
     slots = opened(tmp_path)
     secret = filled(0.1234567)
