@@ -18,11 +18,13 @@ was broken off goes on, or seeds that were measured side by side (`--first-seed`
 settings only: nothing else is compared.) With `--part` the figures are
 written beside those that the results file has, their names led by the part's.
 
-- AUC, log loss, accuracy: mean over seeds, with the spread. `vs single`, `vs stack`: AUC minus that of the single LoRA
-  of equal parameters, and of stack + arm minus the stack alone: means over seeds, whole users redrawn, 95 %. The
+- AUC, log loss, accuracy: mean over seeds, with the spread. `vs single`, `vs own A`, `vs stack`: AUC minus that of the
+  single LoRA of equal parameters over the frame or with its own A, and of stack + arm minus the stack alone: means over
+  seeds, whole users redrawn, 95 %. The
   results file also has the differences from the other arms of `BEATEN`.
 - stacked: AUC of the recommenders' stack with the arm as one more member.
 - NDCG@10: the item that came next among 100 that its user never rates, `--ranked` test rows drawn anew for each seed.
+- vs even gate: minus the same trained arm with equal weights in place of its gate's; `uniform-gate` is trained so.
 - swapped gate: routed as another user, whose history is not told; swapped: another user's history in all.
 - entropy (share of ln N), information (nats) and cosine of the meta-LoRAs.
 """
@@ -64,13 +66,19 @@ from tasks.recommendation.splits import SPLITS, Split
 
 SINGLE = "single-lora-equal-parameters"
 DEFAULT = ("reclora-product-shared-user", "reclora-product-own-user", "reclora-factor-own-pair", SINGLE,
-           "single-lora-equal-rank", "uniform-gate", "random-gate", "unadapted")  # fmt: skip
-BEATEN = (SINGLE, "single-lora-equal-rank", "uniform-gate", "random-gate", "score-in-prompt", "retrieved-history")
+           "single-lora-own-equal-parameters", "single-lora-equal-rank", "uniform-gate", "random-gate",
+           "unadapted")  # fmt: skip
+BEATEN = (SINGLE, "single-lora-own-equal-parameters", "single-lora-equal-rank", "uniform-gate", "random-gate",
+          "unadapted", "score-in-prompt", "retrieved-history")  # fmt: skip
+KEPT = ("stacked", "rerouted", "evened")
+"""Further log odds of the test rows that are kept of an arm, where it has them."""
+SHOWN = (SINGLE, "single-lora-own-equal-parameters", "unadapted", "uniform-gate", "even gate", "swapped gate", "stack")
+"""What the table's columns are differences from."""
 SIMPLE: Mapping[str, Callable[[], Recommender]] = {"item mean": ItemMean, "item + recent level": recent_level}
 READER = "language model alone"
-HEADING = ("split", "arm", "AUC", "log loss", "accuracy", "vs single", "vs uniform", "vs swapped gate", "stacked",
-           "vs stack", "NDCG@10", "swapped gate", "swapped", "entropy", "information", "cosine", "numbers",
-           "CPU s")  # fmt: skip
+HEADING = ("split", "arm", "AUC", "log loss", "accuracy", "vs single", "vs own A", "vs unadapted", "vs uniform",
+           "vs even gate", "vs swapped gate", "stacked", "vs stack", "NDCG@10", "swapped gate", "swapped", "entropy",
+           "information", "cosine", "numbers", "CPU s")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -179,12 +187,12 @@ class Seeded:
         path = self.plan.path(self.seed, f"{name}.npz")
         if path is not None and path.exists():
             with np.load(path) as kept:
-                stacked, rerouted = ([kept[key]] if len(kept.get(key, ())) else [] for key in ("stacked", "rerouted"))
-                return Found(json.loads(str(kept["figures"])), [kept["logits"]], stacked, rerouted)
+                more = {key: [kept[key]] for key in KEPT if key in kept}
+                return Found(json.loads(str(kept["figures"])), [kept["logits"]], **more)
         found = self._measured(name, changes)
         if path is not None:
-            more = {key: rows[0] for key in ("stacked", "rerouted") if (rows := getattr(found, key))}
-            np.savez(path, figures=np.array(json.dumps(found.figures)), logits=found.logits[0], **more)
+            rows = {key: each[0] for key in KEPT if (each := getattr(found, key))}
+            np.savez(path, figures=np.array(json.dumps(found.figures)), logits=found.logits[0], **rows)
         told = ", ".join(f"{key} {values[-1]:.4f}" for key, values in found.figures.items())
         print(f"{self.split.name}, seed {self.seed}, {name}: {told}", flush=True)
         return found
@@ -236,6 +244,9 @@ class Seeded:
                  collapsed=float(report.collapsed))  # fmt: skip
         each.rerouted.append(arm.logits(log, asked.queries, routed_as=asked.others))
         each.add(swapped_gate=auc(asked.labels, each.rerouted[-1]))
+        if arm.config.frame == "shared" and arm.config.routing == "user":
+            # What a user is served. Every further question takes as long as the test rows do.
+            each.evened.append(arm.evenly().logits(log, asked.queries))
         if self.seed == 0:
             each.add(swapped=auc(asked.labels, arm.logits(log, asked.others)))
 
@@ -287,6 +298,7 @@ def gathered(plan: Plan, own: Mapping[str, Mapping[str, str]]) -> dict[str, Foun
             each.logits += one.logits
             each.stacked += one.stacked
             each.rerouted += one.rerouted
+            each.evened += one.evened
             each.add(**{figure: values[0] for figure, values in one.figures.items()})
     return found
 
@@ -307,8 +319,9 @@ def differences(log: Interactions, split: Split, found: Mapping[str, Found]) -> 
                 made[name, other] = between(each.logits, found[other].logits)
                 made[name, f"{other}, stacked"] = between(each.stacked, found[other].stacked)
         made[name, "stack"] = between(each.stacked, found["stack"].logits)
-        if len(each.rerouted) == len(each.logits):
-            made[name, "swapped gate"] = between(each.logits, each.rerouted)
+        for other, answers in (("swapped gate", each.rerouted), ("even gate", each.evened)):
+            if len(answers) == len(each.logits):
+                made[name, other] = between(each.logits, answers)
     return made
 
 
@@ -316,15 +329,13 @@ def table(split: Split, found: Mapping[str, Found], beside: Mapping[tuple[str, s
     """Return the rows of one split's table, the heading first."""
     lines = [[*HEADING]]
     for name, each in found.items():
-        others = (SINGLE, "uniform-gate", "swapped gate", "stack")
-        single, uniform, rerouted, stacked = (str(beside.get((name, other), "")) for other in others)
+        *gained, stacked = (str(beside.get((name, other), "")) for other in SHOWN)
         shown = [
             each.told(figure) for figure in ("ndcg10", "swapped_gate", "swapped", "entropy", "information", "cosine")
         ]
         numbers = [each.told(figure, 0) for figure in ("numbers", "cpu_s")]
         scores = [each.told(figure) for figure in ("auc", "log_loss", "accuracy")]
-        lines.append([split.name, name, *scores, single, uniform, rerouted, each.told("stacked"), stacked, *shown,
-                      *numbers])  # fmt: skip
+        lines.append([split.name, name, *scores, *gained, each.told("stacked"), stacked, *shown, *numbers])
     return lines
 
 

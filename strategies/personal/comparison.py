@@ -35,6 +35,8 @@ class Found:
     stacked: list[Floats] = field(default_factory=list)
     rerouted: list[Floats] = field(default_factory=list)
     """Log odds with another user's gate."""
+    evened: list[Floats] = field(default_factory=list)
+    """Log odds with equal weights in place of the gate's."""
 
     def add(self, **values: float) -> None:
         """Note figures of one seed."""

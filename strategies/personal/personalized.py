@@ -3,9 +3,10 @@
 Source: RecLoRA (Zhu et al., 2024): a frozen recommender's representation routes, and few samples tune what is mixed.
 """
 
+import copy
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +125,15 @@ class Personalized:
         group = shared_run(queries if routed_as is None else routed_as) if self._by_user else 1
         vectors = self._vectors(log, routed_as or queries, every=group)
         return self.answered(self.asking(log, queries), lambda found: self.mixed(vectors[found]), group=group)
+
+    def evenly(self) -> "Personalized":
+        """Return the same model with equal weights in place of its gate's: what is left is not the gate's doing.
+
+        It shares base and meta-LoRAs with this one, and changes with it.
+        """
+        one, gate = copy.copy(self), Uniform(sites=len(self.adapted.sites), count=self.config.meta_loras)
+        one._parts, one.name = replace(self.parts, gate=gate), f"{self.name}, evenly"
+        return one
 
     def logits_of_slots(self, log: Interactions, queries: Queries, slots: Tensor) -> Floats:
         """Return the log odds when mixtures are given, `slots [queries, size]`, such as rows of a bank of users."""

@@ -40,6 +40,7 @@ VARIANTS: Mapping[str, Variant] = {
     },
     "single-lora-equal-rank": Variant(_ONE),
     "single-lora-equal-parameters": Variant(_ONE, widened=True),
+    "single-lora-own-equal-parameters": Variant({**_ONE, "frame": "own"}, widened=True),
     "unadapted": Variant({**_ONE, "epochs": 0}),
     "uniform-gate": Variant({"gate": "uniform"}),
     "random-gate": Variant({"gate": "random"}),
@@ -65,14 +66,17 @@ def parameters_of(sites: tuple[Site, ...], config: PersonalConfig, *, rank: int,
     return count * rank * widths + len(sites) * gate
 
 
-def equal_rank(sites: tuple[Site, ...], config: PersonalConfig, *, rank: int, inputs: int) -> int:
+def equal_rank(
+    sites: tuple[Site, ...], config: PersonalConfig, *, rank: int, inputs: int, own: bool | None = None
+) -> int:
     """Return the least rank of a single LoRA that trains at least as many numbers as `config` does at `rank`.
 
-    No rank above the smallest side of the widest matrix: from there on a single LoRA can be any update at all, and
-    more numbers would add nothing.
+    It trains an A of its `own` or not, by default as `config` does. No rank above the smallest side of the widest
+    matrix: from there on a single LoRA can be any update at all, and more numbers would add nothing.
     """
     wanted = parameters_of(sites, config, rank=rank, inputs=inputs)
-    widths = sum(site.d_out + (site.d_in if config.frame == "own" else 0) for site in sites)
+    own = config.frame == "own" if own is None else own
+    widths = sum(site.d_out + (site.d_in if own else 0) for site in sites)
     return min(-(-wanted // widths), max(min(site.d_in, site.d_out) for site in sites))
 
 

@@ -106,7 +106,7 @@ class World:
         """
         own = config if name is None else variant(name).personal(config)
         if name is not None and variant(name).widened:
-            adapter = self._widened(config, adapter)
+            adapter = self._widened(config, adapter, own=own.frame == "own")
         base = replace(self.base, model=copy.deepcopy(self.base.model))
         retrieved = name is not None and variant(name).retrieved
         chosen = partial(self.retriever.similar, count=own.history) if retrieved else None
@@ -131,14 +131,14 @@ class World:
         arm.fit(self.log, self.split, seed=self.seed, training_scores=self.training_scores)
         return arm
 
-    def _widened(self, config: PersonalConfig, adapter: AdapterConfig) -> AdapterConfig:
+    def _widened(self, config: PersonalConfig, adapter: AdapterConfig, *, own: bool) -> AdapterConfig:
         """Return the adapter at the rank at which a single LoRA trains as many numbers as `config` does."""
         rows = self.log.queries(self.split.train[:8])
         probe = Recommended(self.routers, config.routing)
         probe.fit(self.log, rows)
         sites = find_sites(self.base.model, adapter.targets)
         inputs = probe(self.log, rows).shape[1]
-        return widened(adapter, equal_rank(sites, config, rank=adapter.rank, inputs=inputs))
+        return widened(adapter, equal_rank(sites, config, rank=adapter.rank, inputs=inputs, own=own))
 
 
 def _router(name: str, log: Interactions, rest: Split, seed: int) -> Representing:

@@ -164,6 +164,16 @@ def test_a_swapped_gate_moves_the_mixture_and_nothing_else(world: Any) -> None:
     assert not np.allclose(swapped, one.logits(world.log, queries))
 
 
+def test_a_gate_can_be_made_even_and_the_trained_one_stays(world: Any) -> None:
+    one, queries = world.tried(), asked(world)
+    before = one.logits(world.log, queries)
+    even = one.evenly()
+    weights = torch.full((len(one.adapted.sites), 12, one.config.meta_loras), 1 / one.config.meta_loras)
+    by_hand = one.answered(one.asking(world.log, queries), lambda found: one.parts.meta.blocks(weights[:, found]))
+    np.testing.assert_allclose(even.logits(world.log, queries), by_hand, rtol=1e-5, atol=1e-5)
+    assert np.array_equal(one.logits(world.log, queries), before) and not np.allclose(by_hand, before)
+
+
 @pytest.mark.parametrize("changes", [{"gate": "uniform"}, {"meta_loras": 1, "gate": "uniform"}])
 def test_without_a_choice_everybody_gets_one_mixture(world: Any, changes: dict[str, Any]) -> None:
     one, queries = world.tried(**changes), asked(world)

@@ -49,4 +49,8 @@ def test_equal_parameters_means_at_least_as_many_until_the_rank_is_full(world: A
     assert rank == 6
     assert parameters_of(sites, single, rank=rank, inputs=5) == parameters_of(sites, config, rank=2, inputs=5)
     assert equal_rank(sites, PersonalConfig(meta_loras=3), rank=2, inputs=5) == 16  # the width of the small model
+    with_a = equal_rank(sites, config, rank=2, inputs=5, own=True)
+    own = PersonalConfig(meta_loras=1, gate="uniform", frame="own")
+    wanted, found = (parameters_of(sites, each, rank=at, inputs=5) for each, at in ((config, 2), (own, with_a)))
+    assert with_a < rank and wanted <= found < wanted + parameters_of(sites, own, rank=1, inputs=5)
     assert widened(AdapterConfig(rank=2, alpha=3), 6).alpha == 9
