@@ -47,6 +47,7 @@ from strategies.unlearning.class_baselines import OBJECTIVES, baseline
 from strategies.unlearning.class_request import ClassRequest, Method
 from strategies.unlearning.classifier import Classifier, fit, image_classifier, text_classifier
 from strategies.unlearning.config import BudgetConfig, FitConfig, GsLoraConfig
+from strategies.unlearning.folding import SERVED
 from strategies.unlearning.gs_lora import GsLora
 from strategies.unlearning.measures import Answers
 from strategies.unlearning.prototypes import Prototypes
@@ -71,7 +72,6 @@ RATES = {
     "retrain": 1.5e-4,
 }
 """Of the course on texts."""
-TEXTS = GsLoraConfig(rate=6e-3, bound=1.0, sparsity=0.02, hold_weight=0.25, hold_bound=2.5)
 FEW = GsLoraConfig(rate=4e-3, bound=3.0, sparsity=0.02, hold_weight=0.5, hold_bound=2.0)
 MISSING = GsLoraConfig(rate=8e-3)
 PLUS: Mapping[str, Mapping[str, object]] = {
@@ -145,7 +145,7 @@ def texts(chosen: argparse.Namespace) -> Course:
         BudgetConfig(epochs=chosen.epochs, batch=chosen.batch),
         FitConfig(rate=2e-4, head_rate=2e-2),
         len(names),
-        TEXTS,
+        SERVED,
         PLUS["texts"],
         RATES,
     )

@@ -97,7 +97,10 @@ def wish_classes(store: Store, classes: Sequence[str], *, rows: Examples | None 
     if method == "gs-lora":
         _check_replay(sources, named)
     about = {"classes": named, "rows": len(whole), "source": "run" if rows is None else "file"}
-    return Wish("class", method, (method, sorted(named), _rows(whole)), {ROWS: rows_file(whole)}, about)
+    wish = Wish("class", method, (method, sorted(named), _rows(whole)), {ROWS: rows_file(whole)}, about)
+    if method == "gs-lora" and not _known(store, wish):
+        _check_not_forgotten(store, named)
+    return wish
 
 
 def check_method(name: str, *, whole_classes: bool = True) -> Method:
@@ -135,7 +138,7 @@ def wish_client(store: Store, name: str, data: bytes) -> Wish:
         {ANSWER: data},
         {**about, "block": answer.block, "subject": subject_of(store, "client", name)},
     )
-    if any(each.digest == store.keyed(wish.kind, *wish.content) for each in store.requests()):
+    if _known(store, wish):
         return wish
     order = read_json(store.reservation(answer.request))
     if order is None:
@@ -196,6 +199,9 @@ def accept(store: Store, wish: Wish) -> Accepted:
         for each in known:
             if each.digest == digest:
                 return Accepted(each, new=False, again=_again(store, each))
+        if wish.kind in ("class", "client"):
+            # Another process may have asked for the rest since the wish was checked.
+            _check_left(store, wish.about["classes"])
         request = RequestFile(
             id=digest[:12],
             number=1 + max((each.number for each in known), default=0),
@@ -255,6 +261,21 @@ def _check_left(store: Store, classes: Sequence[str]) -> None:
         raise DataError(
             f"all {len(store.classifier.labels)} classes would be forgotten, and none be left to answer with; leave "
             "one out, or delete the model instead"
+        )
+
+
+def _known(store: Store, wish: Wish) -> bool:
+    """Whether the same was asked for before."""
+    return any(each.digest == store.keyed(wish.kind, *wish.content) for each in store.requests())
+
+
+def _check_not_forgotten(store: Store, classes: Sequence[str]) -> None:
+    """Raise DataError for a class that was forgotten: GS-LoRA has nothing left to take from it."""
+    pending = {name for each in store.unfinished() if each.kind in ("class", "client") for name in each.classes}
+    gone = [name for name in classes if name in store.manifest.forgotten or name in pending]
+    if gone:
+        raise DataError(
+            f"class '{gone[0]}' is forgotten already, or asked for; leave it out, or use --method o3 for further rows"
         )
 
 

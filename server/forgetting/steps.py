@@ -162,9 +162,13 @@ def _trained(made: Unlearned, audited: AuditedRequest, *, cpu_s: float) -> dict[
 
 
 def _fit_detector(stage: Stage, request: RequestFile) -> None:
-    path = stage.store.detector(request.id)
-    if not path.is_file():
-        stage.before(request).fit_detector(stage.audited(request)).save(path)
+    path, audited = stage.store.detector(request.id), stage.audited(request)
+    if path.is_file():
+        return
+    made = stage.before(request).fit_detector(audited)
+    told = (stage.store.noted(request.id, TRAINED) or {}) | {"detector_audit": audited.audit.report()}
+    write_json(stage.store.place(request.id) / TRAINED, told)
+    made.save(path)
 
 
 def _accept_slot(stage: Stage, request: RequestFile) -> None:
@@ -222,8 +226,15 @@ def _train_adapter(stage: Stage, request: RequestFile) -> None:
     if manifest.of(request.id) is None:
         began = time.process_time()
         asked = _class_request(stage, request)
-        epochs, exported = store.config.replay_epochs, store.exported()
-        made = forget_classes(exported, store.base(), asked, epochs=epochs, seed=request.seed % 2**32)
+        config = store.config
+        made = forget_classes(
+            store.exported(),
+            store.base(),
+            asked,
+            epochs=config.replay_epochs,
+            least_steps=config.replay_steps,
+            seed=request.seed % 2**32,
+        )
         learner, values = made.over(store.base())
         export(learner, values, store.directory / ADAPTERS / request.id, labels=made.labels)
         told = {"rank": made.rank, "replay_rows": len(asked.retain), "cpu_s": round(time.process_time() - began, 3)}
@@ -325,7 +336,8 @@ def _done(stage: Stage, request: RequestFile) -> dict[str, Any]:
     store, held = stage.store, stage.store.manifest.of(request.id)
     told: dict[str, Any] = {"attempts": store.state(request.id).attempt, "request_deleted": True}
     if held is None:
-        return told | {"erased": True}
+        # Meta-LoRAs, routers and recommenders learned from everybody; they stay as they are.
+        return told | {"erased": True, "shared_weights": "not unlearned"}
     part = store.classifier
     told |= {
         "base": part.base,

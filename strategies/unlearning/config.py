@@ -120,9 +120,11 @@ class ForgettingConfig(Section):
     """Bound of a row's gradient over all B's."""
     private_rate: float = Field(4.0, gt=0)
     """SGD's rate for a private slot; falls to zero in a straight line."""
-    replay: int = Field(10, ge=1)
+    replay: int = Field(20, ge=1)
     """Rows of every class that stays, for `gs-lora`."""
-    replay_epochs: int = Field(8, ge=1)
+    replay_epochs: int = Field(1, ge=1)
     """Passes over the replay sample, for `gs-lora`."""
+    replay_steps: int = Field(150, ge=0)
+    """A replay sample too small to fill so many steps of 16 rows is gone through more often."""
     seed: int = Field(0, ge=0)
     """Seed of the orthonormal frame, and of what requests draw."""

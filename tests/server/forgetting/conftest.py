@@ -69,4 +69,6 @@ def make_run(tmp_path: Path, parts: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def of_run(make_run: Callable[..., Path]) -> Store:
-    return store_of_run(make_run(), config=QUICK.model_copy(update={"replay": 5, "replay_epochs": 2}))
+    return store_of_run(
+        make_run(), config=QUICK.model_copy(update={"replay": 5, "replay_epochs": 2, "replay_steps": 0})
+    )

@@ -42,6 +42,27 @@ def test_requests_that_wait_count_towards_everything(store: Store) -> None:
         wish_classes(store, LABELS[3:], rows=queries(3))
 
 
+def test_the_rest_that_two_ask_for_at_once_is_refused_to_the_second(store: Store) -> None:
+    first = wish_classes(store, LABELS[:3], rows=queries(0, 1, 2))
+    second = wish_classes(store, LABELS[2:], rows=queries(2, 3))
+    accept(store, first)
+    with pytest.raises(DataError, match="all 4 classes would be forgotten"):
+        accept(store, second)
+    assert len(store.requests()) == 1
+
+
+def test_gs_lora_forgets_a_class_once(of_run: Store) -> None:
+    wish = wish_classes(of_run, ["alarm"], method="gs-lora")
+    accept(of_run, wish)
+    # The same again is the same request; other rows of the class are not.
+    assert not accept(of_run, wish_classes(of_run, ["alarm"], method="gs-lora")).new
+    with pytest.raises(
+        DataError, match="class 'alarm' is forgotten already, or asked for; leave it out, or use --meth"
+    ):
+        wish_classes(of_run, ["music", "alarm"], method="gs-lora")
+    accept(of_run, wish_classes(of_run, ["alarm"], rows=queries(0)))
+
+
 @pytest.mark.parametrize(("rows", "says"), [(0, "without rows"), (1, "1 rows is too"), (7, "7 rows is too")])
 def test_too_few_examples(store: Store, rows: int, says: str) -> None:
     with pytest.raises(DataError, match=says):

@@ -21,7 +21,7 @@ from tests.server.forgetting.conftest import QUICK
 
 ROOT = Path(__file__).parents[3]
 # What is learned does not matter here, only that it is the same.
-SHORT = QUICK.model_copy(update={"epochs": 1, "batch": 24, "replay": 5, "replay_epochs": 1})
+SHORT = QUICK.model_copy(update={"epochs": 1, "batch": 24, "replay": 5, "replay_epochs": 1, "replay_steps": 0})
 
 
 def kill_everywhere(template: Path, scratch: Path, kind: str) -> list[dict[str, Any]]:

@@ -47,6 +47,8 @@ def test_a_class_is_forgotten_and_the_record_says_what_was_asked_done_and_measur
     assert record["done"]["request_deleted"] and record["done"]["attempts"] == 1
     audit = record["done"]["trained"]["audit"]
     assert audit["foreign"] == 0 and audit["files"] == 0 and audit["rows"] == 19
+    audit = record["done"]["trained"]["detector_audit"]
+    assert audit["foreign"] == 0 and audit["files"] == 0 and audit["rows"] == 24
 
 
 def test_nothing_of_a_request_is_left_in_the_store(requests: ForgetRequests) -> None:
@@ -147,6 +149,22 @@ def test_gs_lora_folds_a_class_into_the_adapter_and_keeps_one_adapter(of_run: St
     assert [path.name for path in (of_run.directory / "adapters").iterdir()] == [now.adapter]
     assert record["done"]["adapter"] == now.files and record["asked"]["rows_from"] == "run"
     assert record["done"]["trained"]["replay_rows"] == 15 and requests.stage.served.learner.adapted.frame.rank > 2
+
+
+def test_requests_of_every_kind_and_method_leave_each_other_forgotten(of_run: Store) -> None:
+    requests = ForgetRequests(of_run)
+    forget(requests, wish_classes(of_run, ["alarm"]))
+    some = queries(1).take(range(12))
+    forget(requests, wish_examples(of_run, some))
+    shares = [requests.stage.served.asked(rows).accuracy(rows) for rows in (queries(0), some)]
+    assert max(shares) < 0.5
+    forget(requests, wish_classes(of_run, ["weather"], method="gs-lora"))
+    record = forget(requests, wish_classes(of_run, ["money"]))
+    assert [each.method for each in of_run.manifest.held] == ["o3", "o3", "gs-lora", "o3"]
+    for rows in (queries(0), some, queries(2), queries(3)):
+        assert requests.stage.served.asked(rows).accuracy(rows) < 0.5
+    earlier = record["measured"]["after"]["earlier"]
+    assert len(earlier) == 3 and sum(share is not None and share < 0.5 for share in earlier.values()) == 2
 
 
 def test_a_class_is_forgotten_by_the_runs_own_rows(of_run: Store) -> None:

@@ -32,6 +32,7 @@ def test_a_user_is_forgotten_and_the_record_does_not_say_who(place: Path) -> Non
     assert before["events"] == 6 and before["files_holding"] >= 2
     assert after["events"] == after["files_holding"] == 0 and not after["known"]
     assert before["others"] == after["others"] and record["done"]["erased"]
+    assert record["done"]["shared_weights"] == "not unlearned"
     files = [path for path in place.rglob("*") if path.is_file()]
     assert not [path for path in files if f'"{name}"'.encode() in path.read_bytes()]
     assert not (store.directory / "requests" / accepted.request.id / "work").exists()

@@ -1,12 +1,15 @@
 """GS-LoRA folded into an exported adapter: the sum of two products is one product of stacked factors."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from strategies.unlearning.class_request import ClassRequest
+from strategies.unlearning.config import BudgetConfig
 from strategies.unlearning.folding import forget_classes, plain, stacked
+from strategies.unlearning.gs_lora import GsLora
 from tasks.exported import ExportedClassifier
 from tasks.models import load_base
 from tests.queries import TINY, export_classifier, queries
@@ -48,9 +51,27 @@ def test_the_adapter_in_the_weights_answers_as_the_adapter_beside_them(exported:
 
 def test_what_gs_lora_forgot_is_forgotten_by_the_one_adapter(exported: ExportedClassifier) -> None:
     asked = ClassRequest((0,), queries(0), queries(1, 2, 3))
-    made = forget_classes(exported, load_base(TINY, causal=False), asked, epochs=12, seed=0)
+    made = forget_classes(exported, load_base(TINY, causal=False), asked, epochs=12, least_steps=0, seed=0)
     after = plain(made, load_base(TINY, causal=False))
     before = plain(exported, load_base(TINY, causal=False))
     right = [(model.logits(queries(0)).argmax(1) == 0).double().mean() for model in (before, after)]
     assert right[0] > 0.9 and right[1] < right[0] - 0.3
     assert made.rank > exported.rank and torch.equal(made.weight, exported.weight)
+
+
+@pytest.mark.parametrize(("epochs", "least", "passes"), [(1, 0, 1), (1, 24, 5), (6, 24, 6)])
+def test_a_small_sample_is_gone_through_until_it_fills_the_steps(
+    exported: ExportedClassifier, monkeypatch: pytest.MonkeyPatch, epochs: int, least: int, passes: int
+) -> None:
+    seen: list[BudgetConfig] = []
+    propose = GsLora.propose
+
+    def listen(self: GsLora, model: Any, request: Any, budget: BudgetConfig, *, seed: int) -> Any:
+        seen.append(budget)
+        return propose(self, model, request, budget.model_copy(update={"epochs": 1}), seed=seed)
+
+    monkeypatch.setattr(GsLora, "propose", listen)
+    # 72 rows of what stays are 5 steps of 16.
+    asked = ClassRequest((0,), queries(0), queries(1, 2, 3))
+    forget_classes(exported, load_base(TINY, causal=False), asked, epochs=epochs, least_steps=least, seed=0)
+    assert [(budget.epochs, budget.batch) for budget in seen] == [(passes, 16)]
