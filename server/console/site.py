@@ -143,7 +143,7 @@ def get_forget(request: Request, visitor: VisitorOf, name: Name) -> HTMLResponse
     service = visitor.service
     visitor.caller.may_read(name)
     info = None if service.users is None else people.known(service, visitor.caller, name)
-    brought = service.adapters.infos(owner=name)
+    brought = service.adapters_of(name)
     if info is None and not brought:
         raise Unknown(f"nothing is known of '{name}'; there is nothing to forget")
     return html(request, "forget.html", name=name, info=info, brought=brought)

@@ -102,6 +102,12 @@ class Engine(Generic[Asked]):
         return len(self._queue)
 
     @property
+    def owners(self) -> "set[Any]":
+        """Whose requests wait or run."""
+        with self._lock:
+            return {work.owner for work in self._open.values()}
+
+    @property
     def alive(self) -> bool:
         """Whether the thread answers."""
         return self._thread.is_alive()

@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 
 from sqlalchemy import select
 
-from lora.errors import LetheError, Unknown
+from lora.errors import Denied, LetheError, Unknown
 from server.service.registry import Registry
 from server.service.tables import ForgetRow
 
@@ -51,6 +51,8 @@ class Forgetting(Protocol):
         ...
 
 
+_TRIES = 3
+
 Eraser = Callable[[str], Evidence]
 """Deletes what one part of the service has of a user, and tells what that was. Called again after a kill."""
 
@@ -66,6 +68,8 @@ class Deletions:
     | a kill in between | `resume` carries it out: the name is kept until then |
     | several processes of one registry | one after the other; `resume` only for users who are `mine` |
     | an eraser fails | the request says so and stays open; `resume` tries again |
+    | events or adapters arrive meanwhile (`left`) | deleted again; after the third time the request fails, and stays |
+    | another process answers by an adapter | until it hears of it, within a second; a text being written ends then |
     | nothing is known of the user | Unknown; no request is made |
     """
 
@@ -92,14 +96,24 @@ class Deletions:
     def _carry_out(self, request: str, user: str) -> ForgetRequest:
         evidence: Evidence = {}
         try:
-            for erase in self._erasers:
-                evidence |= erase(user)
+            for _ in range(_TRIES):
+                evidence = _added(evidence, self._erased(user))
+                if not _left(evidence):
+                    break
+            else:
+                raise Denied(f"user '{user}' comes back all the time; stop what sends their events, and ask again")
         except LetheError as error:
             self._note(request, state="failed", evidence=evidence | {"error": type(error).__name__})
             raise
         self._note(request, state="done", evidence=evidence)
         self.registry.scrub()
         return self.get(request)
+
+    def _erased(self, user: str) -> Evidence:
+        evidence: Evidence = {}
+        for erase in self._erasers:
+            evidence |= erase(user)
+        return evidence
 
     def _note(self, request: str, *, state: State, evidence: Evidence) -> None:
         with self.registry.session() as session:
@@ -133,6 +147,19 @@ class Deletions:
             for row in rows:
                 self._carry_out(row.id, str(row.user))
             return len(rows)
+
+
+def _left(evidence: Evidence) -> bool:
+    """Whether something was there when it was looked for; what ends by being looked at does not count."""
+    left = evidence.get("left", {})
+    return any(left.get(kind) for kind in ("events", "slot", "adapters"))
+
+
+def _added(before: Evidence, found: Evidence) -> Evidence:
+    """Add what another round has deleted; what was left is the last round's."""
+    added = {key: before.get(key, 0) + value for key, value in found.items() if type(value) is int}
+    either = {key: before.get(key, False) or value for key, value in found.items() if type(value) is bool}
+    return before | found | added | either
 
 
 def subject_of(user: str) -> str:

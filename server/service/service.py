@@ -4,15 +4,17 @@ Every method takes the caller first and decides what they may see; nothing here 
 """
 
 import json
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
-from lora.errors import ConfigError, DataError, Denied, ModelError, ServiceError, Unknown
+from lora.errors import ConfigError, DataError, ModelError, ServiceError, Unknown
 from lora.model import AdaptedModel
 from server.service.adapters import READY, AdapterInfo, Adapters, NewAdapter, RegistrySource
 from server.service.answers import COLD
@@ -36,6 +38,8 @@ from tasks.learner import Learner
 from tasks.models import BaseModel
 
 WARM = Warm()
+BASE_OF = "/"
+"""What the owner of a request to the base model begins with, and no name does."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,8 @@ class Service:
         self.engines: dict[str, Engine[Any]] = {}
         self._warm: list[WarmSlots] = []
         self._closed = False
+        self._naming = threading.Lock()
+        """Held while a name is looked at and then taken, by a user or an adapter."""
         self.adapters.recover()
         self._start(limits or Limits(), candidates=candidates, warm=warm)
         if learner is not None:
@@ -142,6 +148,12 @@ class Service:
         self.adapters.doubt()
         for kept in self._warm:
             kept.doubt()
+        writing = self.engines.get("writing")
+        for name in set() if writing is None else writing.owners:
+            # A text that is being written has a copy of the slot; another process may have forgotten whose it is.
+            here = name.startswith(BASE_OF) or (self.users is not None and name in self.users)
+            if not here and self.adapters.known(name) is None:
+                self._retire(name)
 
     def close(self) -> None:
         """Finish what runs, end what waits, and close the files; once is enough."""
@@ -182,10 +194,11 @@ class Service:
         check_name(user, what="user")
 
         def act() -> dict[str, Any]:
-            known = self.adapters.infos(names=[user])
-            if user not in people and any(info.layout == people.slots.layout.digest for info in known):
-                raise DataError(f"an adapter is named '{user}'; delete it, or choose another name for the user")
-            seen = people.observe_many(events)
+            with self._naming:
+                known = self.adapters.infos(names=[user])
+                if user not in people and any(info.layout == people.slots.layout.digest for info in known):
+                    raise DataError(f"an adapter is named '{user}'; delete it, or choose another name for the user")
+                seen = people.observe_many(events)
             return {"user": user, "taken": len(events), "adapter_version": seen.versions[user], "new": user in seen.new}
 
         def done() -> dict[str, Any] | None:
@@ -226,12 +239,21 @@ class Service:
             raise Unknown("this service predicts nothing about texts; ask about items, or serve an encoder")
         for name in {each.adapter for each in asked} - {None}:
             try:
-                self._may_use(caller, str(name), self.served["texts"])
+                self._may_answer_as(caller, user, str(name))
             except Unknown:
                 if not cold:
                     raise
                 asked = [replace(each, adapter=None, reason=COLD) for each in asked]
-        return _all_or_none(lambda each: self.engines["texts"].submit(user, each), asked)
+        futures = _all_or_none(lambda each: self.engines["texts"].submit(user, each), asked)
+        with _given_up(futures):
+            for name in {each.adapter for each in asked} - {None}:
+                self._may_answer_as(caller, user, str(name))
+        return futures
+
+    def _may_answer_as(self, caller: Caller, user: str, name: str) -> None:
+        """Raise Unknown unless the adapter is the user's, or nobody's in particular: a name alone says nothing."""
+        if self._may_use(caller, name, self.served["texts"]).owner not in (None, user):
+            raise missing(name)
 
     @cached_property
     def titles(self) -> dict[str, str]:
@@ -276,10 +298,15 @@ class Service:
         """Return a `Written` to come; `asked.adapter` None is the base model. Raises Unknown for another's adapter."""
         if self.writer is None:
             raise Unknown("this service writes no texts; serve a decoder")
-        if asked.adapter is not None:
-            self._may_use(caller, asked.adapter, self.served[self.writer.name])
-        owner = f"/{caller.key}" if asked.adapter is None else asked.adapter
-        return self.engines["writing"].submit(owner, asked)
+        served = self.served[self.writer.name]
+        if asked.adapter is None:
+            return self.engines["writing"].submit(f"{BASE_OF}{caller.key}", asked)
+        self._may_use(caller, asked.adapter, served)
+        future = self.engines["writing"].submit(asked.adapter, asked)
+        with _given_up([future]):
+            # Between look and submission the name may have gone to somebody else; from here on that ends the request.
+            self._may_use(caller, asked.adapter, served)
+        return future
 
     def complete_all(self, caller: Caller, asked: Sequence[WriteAsked]) -> "list[Future[Any]]":
         """Return a `Written` to come for every one, as `complete` does; where one is refused, all are."""
@@ -299,11 +326,12 @@ class Service:
         if owner is not None:
             check_name(owner, what="owner")
         served = self._model(model)
-        if self._follows(name, served.layout.digest):
-            raise DataError(f"a user is named '{name}', whose adapter follows from events; choose another name")
         slot = unpacked(served, data)
         rank = served.adapted.frame.rank
-        self.adapters.write(NewAdapter(name, slot, served.layout, served.reference, rank, owner))
+        with self._naming:
+            if self._follows(name, served.layout.digest):
+                raise DataError(f"a user is named '{name}', whose adapter follows from events; choose another name")
+            self.adapters.write(NewAdapter(name, slot, served.layout, served.reference, rank, owner))
         return self.adapters.info(name)
 
     def _model(self, name: str | None) -> Served:
@@ -357,8 +385,13 @@ class Service:
             raise Unknown("there is no such forget request; the list of requests has their ids")
         return found
 
+    def adapters_of(self, user: str) -> list[AdapterInfo]:
+        """Return what answers as a user beside their slot: adapters that are theirs, and nobody's of their name."""
+        named = [info for info in self.adapters.infos(names=[user]) if info.owner is None]
+        return [*self.adapters.infos(owner=user), *named]
+
     def _knows(self, user: str) -> bool:
-        return (self.users is not None and user in self.users) or bool(self.adapters.infos(owner=user))
+        return (self.users is not None and user in self.users) or bool(self.adapters_of(user))
 
     def _erasers(self) -> list[Any]:
         return [self._erase_person, self._erase_adapters, self._erase_keys, self._erase_running, self._left]
@@ -368,12 +401,10 @@ class Service:
             return {"events": 0, "slot": False}
         events = len(self.users.history(user))
         self.users.forget(user)
-        if user in self.users or user in self.users.slots:
-            raise Denied(f"user '{user}' is still there; send no events of a user who is being forgotten")
         return {"events": events, "slot": True}
 
     def _erase_adapters(self, user: str) -> Evidence:
-        names = [info.name for info in self.adapters.infos(owner=user)]
+        names = [info.name for info in self.adapters_of(user)]
         if names:
             self.adapters.remove(*names)
         for name in names:
@@ -393,7 +424,7 @@ class Service:
             "left": {
                 "events": len(self.users.history(user)) if known and self.users is not None else 0,
                 "slot": self.users is not None and user in self.users.slots,
-                "adapters": len(self.adapters.infos(owner=user)),
+                "adapters": len(self.adapters_of(user)),
                 # A second pass says how much the first has left.
                 "idempotency_keys": self.once.forget(user),
                 "requests_ended": self._retire(user),
@@ -409,14 +440,21 @@ def _visible(caller: Caller, info: AdapterInfo) -> bool:
     return caller.role != "user" or info.owner is None or info.owner == caller.owner
 
 
-def _all_or_none(submit: "Callable[[Any], Future[Any]]", asked: Sequence[Any]) -> "list[Future[Any]]":
-    """Have every request accepted; where one is refused, those that were accepted before it are given up."""
-    futures: list[Future[Any]] = []
+@contextmanager
+def _given_up(futures: "Sequence[Future[Any]]") -> Iterator[None]:
+    """Give accepted requests up where what follows raises."""
     try:
-        for each in asked:
-            futures.append(submit(each))
+        yield
     except ServiceError:
         for future in futures:
             future.cancel()
         raise
+
+
+def _all_or_none(submit: "Callable[[Any], Future[Any]]", asked: Sequence[Any]) -> "list[Future[Any]]":
+    """Have every request accepted; where one is refused, those that were accepted before it are given up."""
+    futures: list[Future[Any]] = []
+    with _given_up(futures):
+        for each in asked:
+            futures.append(submit(each))
     return futures

@@ -103,13 +103,6 @@ def test_likes_of_items_and_classes_of_texts(site: Site, text_encoder: Encoder) 
     assert torch.tensor(vector["embedding"]).norm() == pytest.approx(1, abs=1e-5)
 
 
-def test_another_users_adapter_of_the_users_own_name_is_not_theirs(site: Site, text_encoder: Encoder) -> None:
-    layout = text_encoder.learner.layout
-    site.service.adapters.write(NewAdapter("user-002", drawn(layout, 1)[0], layout, "tiny-bert", 2, "eve"))
-    answer = site.ask("POST", "/v1/users/user-002/predictions", json={"texts": ["a"]}, who="user-002")
-    problem(answer, 404)
-
-
 # --- Forgetting ------------------------------------------------------------------------------------------------------
 
 
