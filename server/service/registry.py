@@ -2,6 +2,8 @@
 
 import fcntl
 import logging
+import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,10 +17,12 @@ from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModu
 from sqlalchemy.orm import Session
 
 from lora.errors import Busy, ConfigError, RunError, Unavailable
-from server.service.tables import ChangeRow
+from server.service.tables import AdapterRow, ChangeRow
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 CHANNEL = "lethe_changes"
+IDENTITY = "registry.id"
+"""The file by which a folder and its registry know each other."""
 _ADVISORY = 5_438_411
 """The number of PostgreSQL's lock that a process holds while it migrates."""
 
@@ -32,6 +36,7 @@ class Registry:
     | the database cannot be reached | Unavailable, now and at every later request; it comes back by itself |
     | tables of an older version | migrated, once, however many processes open it |
     | tables of a newer version | RunError; nothing is changed |
+    | another folder than the registry's, or one that is not mounted | RunError; no file is cleared, no row changed |
     """
 
     def __init__(self, url: str | None, folder: Path) -> None:
@@ -113,10 +118,45 @@ class Registry:
                 _check_version(connection)
                 config.attributes["connection"] = connection
                 command.upgrade(config, "head")
+                self._agree(connection)
         except DBAPIError as error:
             raise _unavailable(error) from error
         except SQLAlchemyError as error:
             raise RunError(f"the registry cannot be migrated ({error}); restore it, or name another") from error
+
+    def _agree(self, connection: Connection) -> None:
+        """Raise RunError unless the folder is this registry's: in another all adapters would be missing.
+
+        A registry that has no folder yet takes this one.
+        """
+        path = self.folder / IDENTITY
+        here = path.read_text().strip() if path.exists() else None
+        known = connection.execute(select(ChangeRow.folder)).scalar()
+        if known is None and self._may_take(connection, marked=here is not None):
+            known = here = here or uuid.uuid4().hex
+            _write(path, known)
+            connection.execute(update(ChangeRow).values(folder=known))
+        if here is None or here != known:
+            raise RunError(
+                f"{self.folder} {'has no' if here is None else 'has another'} {IDENTITY}: it is not where this "
+                "registry's adapters are; name or mount the folder that the registry was made with (--data), or give "
+                "this one a registry of its own"
+            )
+
+    def _may_take(self, connection: Connection, *, marked: bool) -> bool:
+        """Whether the folder can be that of a registry that knows none: it has the files that rows name, or none."""
+        names = {*connection.execute(select(AdapterRow.file)).scalars()}
+        files = {file.name for file in (self.folder / "adapters").glob("*.safetensors")}
+        return bool(names & files) if names else not (marked and files)
+
+
+def _write(path: Path, text: str) -> None:
+    aside = path.with_name(f".{path.name}")
+    with aside.open("w") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    aside.rename(path)
 
 
 def _check_version(connection: Connection) -> None:

@@ -17,6 +17,8 @@ class ChangeRow(Base):
     __tablename__ = "changes"
     id: Mapped[int] = mapped_column(Integer, primary_key=True)
     count: Mapped[int] = mapped_column(BigInteger)
+    folder: Mapped[str | None] = mapped_column(String(32))
+    """What `registry.id` in the folder of the registry's files says."""
 
 
 class AdapterRow(Base):

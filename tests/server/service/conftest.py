@@ -168,11 +168,15 @@ def registry_url(request: pytest.FixtureRequest) -> str | None:
     """Of a registry without tables: None for SQLite in the registry's own folder."""
     if request.param == "sqlite":
         return None
-    url: str = request.getfixturevalue("postgres").url
-    with create_engine(url).connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+    return emptied(request.getfixturevalue("postgres"))
+
+
+def emptied(postgres: Postgres) -> str:
+    """Return the URL of the database, without tables."""
+    with create_engine(postgres.url).connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(text("DROP SCHEMA public CASCADE"))
         connection.execute(text("CREATE SCHEMA public"))
-    return url
+    return postgres.url
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from server.service.adapters import Adapters, NewAdapter, RegistrySource
 from server.service.registry import Registry
 from server.service.warm import WarmSlots
 from server.service.watch import Watch
+from tests.server.service.conftest import emptied
 from tests.server.service.postgres import Postgres
 
 LAYOUT = Layout((Entry("B", "x", (3, 2)),))
@@ -232,10 +233,8 @@ def test_another_process_sees_an_update_within_a_second(registry: Registry, adap
 
 
 def test_a_database_that_goes_away_comes_back(postgres: Postgres, tmp_path: Path) -> None:
-    registry = Registry(postgres.url, tmp_path)
+    registry = Registry(emptied(postgres), tmp_path)
     adapters = Adapters(registry)
-    if adapters.rows(["ada"]):
-        adapters.remove("ada")
     adapters.write(new("ada", 1))
     changes: list[float] = []
     watch = Watch(registry, lambda: changes.append(time.monotonic()))

@@ -4,13 +4,18 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import text
 
+from lora.codec import Entry, Layout
 from lora.errors import ConfigError, RunError, Unavailable
-from server.service.registry import Registry
+from server.service.adapters import Adapters, NewAdapter
+from server.service.registry import IDENTITY, Registry
 from server.service.tables import Base
+
+LAYOUT = Layout((Entry("B", "q", (3, 2)),))
 
 
 def test_the_migrations_make_the_tables_that_the_code_reads(registry: Registry) -> None:
@@ -64,3 +69,54 @@ def test_what_fails_leaves_nothing(registry: Registry) -> None:
         registry.changed(session)
         raise ZeroDivisionError
     assert registry.count() == 0
+
+
+def with_adapter(registry: Registry) -> Adapters:
+    """Write an adapter to a registry."""
+    adapters = Adapters(registry)
+    adapters.write(NewAdapter("ana", torch.zeros(LAYOUT.size), LAYOUT, "tiny", 2))
+    return adapters
+
+
+@pytest.mark.parametrize("mounted", [True, False])
+def test_another_folder_than_the_registrys_is_refused_and_no_adapter_is_lost(
+    registry: Registry, tmp_path: Path, mounted: bool
+) -> None:
+    with_adapter(registry)
+    url = str(registry.engine.url.render_as_string(hide_password=False))
+    other = tmp_path / "other"
+    if mounted:
+        Registry(None, other).close()
+    with pytest.raises(RunError, match=r"other has (no|another) registry\.id.*--data"):
+        Registry(url, other)
+    again = Registry(url, registry.folder)
+    assert Adapters(again).recover() == (0, []) and Adapters(again).info("ana").state == "ready"
+    again.close()
+
+
+def test_a_new_registry_does_not_take_another_ones_files(tmp_path: Path) -> None:
+    first = Registry(None, tmp_path / "one")
+    with_adapter(first)
+    first.close()
+    with pytest.raises(RunError, match=r"has another registry\.id"):
+        Registry(f"sqlite:///{tmp_path / 'new.sqlite'}", tmp_path / "one")
+    assert [*(tmp_path / "one" / "adapters").glob("*.safetensors")]
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_registry_of_the_first_version_takes_the_folder_that_has_its_files(
+    registry: Registry, tmp_path: Path, moved: bool
+) -> None:
+    with_adapter(registry)
+    with registry.engine.begin() as connection:
+        connection.execute(text("ALTER TABLE changes DROP COLUMN folder"))
+        connection.execute(text("UPDATE alembic_version SET version_num = '0001'"))
+    (registry.folder / IDENTITY).unlink()
+    url = str(registry.engine.url.render_as_string(hide_password=False))
+    if moved:
+        with pytest.raises(RunError, match="has no"):
+            Registry(url, tmp_path / "other")
+        return
+    again = Registry(url, registry.folder)
+    assert len((registry.folder / IDENTITY).read_text().strip()) == 32 and Adapters(again).recover() == (0, [])
+    again.close()
