@@ -121,6 +121,9 @@ def serve(  # noqa: PLR0917 - typer reads options by name
     warm: Annotated[int, typer.Option(min=1, help="Adapters that are kept in memory.")] = 4096,
     bfloat16: Annotated[bool, typer.Option("--bfloat16", help="Keep them in half the bytes.")] = False,
     pin: Annotated[list[str] | None, typer.Option(help="An adapter that stays in memory; may be repeated.")] = None,
+    rate: Annotated[float, typer.Option(help="Requests a second that one key may ask in the long run.")] = 50.0,
+    burst: Annotated[int, typer.Option(help="Requests that one key may ask at once.")] = 200,
+    waiting: Annotated[int, typer.Option(min=1, help="Requests that may wait; more are told to come back.")] = 1024,
     replicas: Annotated[
         int | None, typer.Option(min=1, help="Serve by so many replicas of a Ray Serve deployment.")
     ] = None,
@@ -136,7 +139,9 @@ def serve(  # noqa: PLR0917 - typer reads options by name
     if replicas is None and (ray is not None or most_replicas is not None):
         raise ConfigError("--ray, --most-replicas: say how many replicas there are by --replicas, or leave these out")
     kept = _warm(warm, bfloat16=bfloat16, pinned=pin or [])
-    place = Place(host, port, data, registry, runs, grpc_port, kept)
+    if rate <= 0 or burst < 1:
+        raise ConfigError(f"--rate {rate:g}, --burst {burst}: give a rate above 0 and a burst of at least 1")
+    place = Place(host, port, data, registry, runs, grpc_port, kept, rate, burst, waiting)
     found = None if run is None else find_run(run)
     if replicas is not None:
         from lethe.replicas import Replicas, serve_replicas

@@ -71,6 +71,10 @@ class Replica:
             raise ServiceError(f"engine {stopped[0]} has stopped; the replica is started again")
 
 
+KNOWN = frozenset(
+    {"run", "replicas", "most", "ongoing", "data", "registry", "runs", "rate", "burst", "waiting", "cpus", "gpus"}
+)
+"""What `application` takes."""
 _APPS: list[FastAPI] = []
 """The application of this process's replica: Ray asks a function for it that is given nothing."""
 
@@ -123,15 +127,17 @@ _QUIET: dict[str, Any] = {"enable_access_log": False, "log_level": "ERROR"}
 def application(arguments: Mapping[str, str]) -> Any:
     """Return the application for Ray's own commands: `serve run lethe.replicas:application run=DIR replicas=4`.
 
-    Also takes most=N, ongoing=32, data=DIR, registry=URL, runs=DIR, cpus=1 and gpus=0. Raises ConfigError for others.
+    Also takes most=N, ongoing=32, data=DIR, registry=URL, runs=DIR, rate=50, burst=200, waiting=1024, cpus=1, gpus=0.
+    Raises ConfigError for others.
     """
     given = dict(arguments)
-    unknown = sorted({*given} - {"run", "replicas", "most", "ongoing", "data", "registry", "runs", "cpus", "gpus"})
+    unknown = sorted({*given} - KNOWN)
     if unknown or "run" not in given:
         raise ConfigError(f"{unknown[0] if unknown else 'run'}: give run=DIR, and what docs/operate.md lists")
     place = Place(
         data=Path(given["data"]) if "data" in given else None, registry=given.get("registry"),
-        runs=Path(given.get("runs", "runs")),
+        runs=Path(given.get("runs", "runs")), rate=float(given.get("rate", Place.rate)),
+        burst=int(given.get("burst", Place.burst)), waiting=int(given.get("waiting", Place.waiting)),
     )  # fmt: skip
     replicas = Replicas(
         int(given.get("replicas", 2)), int(given["most"]) if "most" in given else None,

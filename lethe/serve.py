@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lora.errors import ConfigError, LetheError
-from server.service.identity import Keys
+from server.service.engine import Limits
+from server.service.identity import Keys, RateLimits
 from server.service.parts import WHOLE, Part, check_division
 from server.service.registry import Registry
 from server.service.service import WARM, Service, Writer
@@ -38,6 +39,18 @@ class Place:
     """Where the same calls are served over gRPC; None for nowhere."""
     warm: Warm = WARM
     """What is kept in memory of adapters that texts and completions are answered by."""
+    rate: float = 50.0
+    """Requests a second that one key may ask in the long run."""
+    burst: int = 200
+    """Requests that one key may ask at once."""
+    waiting: int = 1024
+    """Requests that may wait for an engine."""
+
+    @property
+    def load(self) -> dict[str, Any]:
+        """What a service is given of this."""
+        rates = RateLimits(rate=self.rate, burst=self.burst)
+        return {"warm": self.warm, "rates": rates, "limits": Limits(waiting=self.waiting)}
 
     @property
     def url(self) -> str:
@@ -133,7 +146,7 @@ def _classifying(run: Path, place: Place) -> Service:
 
     opened = open_classifier(run)
     registry = Registry(place.registry, folder_of(run, place))
-    return Service(registry, learner=opened.learner, blank=opened.shared, gates=opened.gates, warm=place.warm)
+    return Service(registry, learner=opened.learner, blank=opened.shared, gates=opened.gates, **place.load)
 
 
 def _personal(run: Path, place: Place, part: Part) -> Service:
@@ -147,7 +160,7 @@ def _personal(run: Path, place: Place, part: Part) -> Service:
         _start(users, opened.log, part)
         base = opened.personal.base
         writer = Writer(base, opened.personal.adapted) if base.causal else None
-        return Service(Registry(place.registry, folder), users=users, writer=writer, part=part, warm=place.warm)
+        return Service(Registry(place.registry, folder), users=users, writer=writer, part=part, **place.load)
     except BaseException:
         users.close()
         raise

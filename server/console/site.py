@@ -63,8 +63,10 @@ def _asked_for_key(request: Request, *, wrong: str = "", status: int = 200) -> H
 async def post_sign_in(request: Request, form: FormOf) -> Response:
     """Take a key; the browser gets a new token for it, and never the key."""
     sessions, key = sessions_of(request), form.get("key", "").strip()
+    service = request.app.state.service
+    service.rates.take_of("" if request.client is None else request.client.host)
     try:
-        await run_in_threadpool(request.app.state.service.keys.caller, key)
+        await run_in_threadpool(service.keys.caller, key)
     except NoKey:
         return _asked_for_key(
             request, wrong="This key is not valid here. Copy it whole, or ask an operator.", status=401

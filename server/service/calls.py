@@ -23,12 +23,16 @@ async def in_thread(call: Callable[..., Result], *given: Any, **named: Any) -> R
     return await asyncio.to_thread(call, *given, **named)
 
 
-async def caller_of(service: Service, key: str | None) -> Caller:
-    """Return whose key this is, and count the request. Raises NoKey, or TooMany."""
+async def caller_of(service: Service, key: str | None, *, sender: str) -> Caller:
+    """Return whose key this is, and count the request; keys that have to be looked up count for the `sender` too.
+
+    Raises NoKey, or TooMany.
+    """
     if key is None:
         raise NoKey(NO_KEY)
     caller = service.keys.remembered(digest_of(key))
     if caller is None:
+        service.rates.take_of(sender)
         caller = await in_thread(service.keys.caller, key)
     service.rates.take(caller.key)
     return caller

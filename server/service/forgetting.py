@@ -60,8 +60,9 @@ Eraser = Callable[[str], Evidence]
 class Deletions:
     """Deletes what is kept of a user, at once; what shared weights have learned is for unlearning.
 
-    **Guarantee**: when `ask` returns, no part of the service holds anything of the user but API keys, and no answer
-    that is asked for later uses the user's slot; what was accepted is carried out, after a kill at any instant.
+    **Guarantee**: when `ask` returns, neither registry, files nor tables of this process hold anything of the user but
+    API keys (buffers are overwritten by the next batch), and no answer that is asked for later here uses the user's
+    slot; what was accepted is carried out, after a kill at any instant.
 
     | case | what happens |
     |---|---|

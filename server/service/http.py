@@ -37,9 +37,14 @@ ServiceOf = Annotated[Service, Depends(_service)]
 
 
 async def _caller(
-    service: ServiceOf, given: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
+    request: Request, service: ServiceOf, given: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 ) -> Caller:
-    return await calls.caller_of(service, None if given is None else given.credentials)
+    return await calls.caller_of(service, None if given is None else given.credentials, sender=sender_of(request))
+
+
+def sender_of(request: Request) -> str:
+    """Return the address that a request comes from."""
+    return "" if request.client is None else request.client.host
 
 
 CallerOf = Annotated[Caller, Depends(_caller)]

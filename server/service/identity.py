@@ -161,7 +161,10 @@ class _Bucket:
 
 
 class RateLimits:
-    """Token buckets in memory: every key may ask `burst` times at once, and `rate` times a second in the long run."""
+    """Token buckets in memory: every key may ask `burst` times at once, and `rate` times a second in the long run.
+
+    So may every address by keys that are not known. Each process counts by itself.
+    """
 
     def __init__(self, *, rate: float = 50.0, burst: int = 200, clock: Callable[[], float] = time.monotonic) -> None:
         if rate <= 0 or burst < 1:
@@ -169,6 +172,10 @@ class RateLimits:
         self.rate, self.burst, self._clock = rate, burst, clock
         self._lock = threading.Lock()
         self._buckets: OrderedDict[str, _Bucket] = OrderedDict()
+
+    def take_of(self, sender: str) -> None:
+        """Count a key that has to be looked up for the address that sends it: guessing costs the registry a query."""
+        self.take(f"?{sender}")
 
     def take(self, key: str) -> None:
         """Count a request. Raises Busy for one too many, with the seconds until the next is allowed."""
@@ -187,4 +194,4 @@ class RateLimits:
 
 
 class TooMany(Busy):
-    """One key asks more often than it may."""
+    """One key (or address, with keys that are not known) asks more often than it may."""

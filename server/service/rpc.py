@@ -158,7 +158,9 @@ class Calls(personal_pb2_grpc.PersonalServicer):
         if size > LARGEST_BODY and name not in MAY_BE_LARGE:
             raise _TooLarge(f"the request has more than {LARGEST_BODY} bytes; send less at a time")
         left = context.time_remaining()
-        caller = await calls.caller_of(self.service, _key(context))
+        # A peer is `ipv4:ADDRESS:PORT`.
+        sender = context.peer().rpartition(":")[0]
+        caller = await calls.caller_of(self.service, _key(context), sender=sender)
         return _Ask(self.service, caller, request, PATIENCE if left is None else min(PATIENCE, left))
 
     # --- Users ---

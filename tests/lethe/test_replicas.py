@@ -54,6 +54,8 @@ def test_rays_own_commands_get_the_same(run: Path, tmp_path: Path) -> None:
 def test_options_that_do_not_fit_are_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, why in (
         (["--most-replicas", "3"], "--replicas"),
+        (["--rate", "0"], "--rate 0, --burst 200: give a rate above 0"),
+        (["--burst", "0"], "burst of at least 1"),
         (["--ray", "auto"], "--replicas"),
         (["--replicas", "2", "--grpc-port", "8421"], "--grpc-port"),
     ):

@@ -72,6 +72,23 @@ def test_who_asks_too_often_is_told_when_to_come_back(site: Site) -> None:
     assert site.ask("GET", "/v1/models", who="user-002").status_code == 200
 
 
+def test_who_guesses_keys_is_stopped_before_the_registry_is_asked(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert site.ask("GET", "/v1/models", who="user-001").status_code == 200
+    site.service.rates, looked = RateLimits(rate=0.5, burst=3), list[str]()
+    ask = site.service.keys._asked
+
+    def listen(digest: str) -> Any:
+        looked.append(digest)
+        return ask(digest)
+
+    monkeypatch.setattr(site.service.keys, "_asked", listen)
+    guesses = [{"Authorization": f"Bearer lethe_{number}"} for number in range(5)]
+    codes = [site.client.get("/v1/models", headers=guess).status_code for guess in guesses]
+    assert codes == [401, 401, 401, 429, 429] and len(looked) == 3
+    # A key that is known goes on asking.
+    assert site.ask("GET", "/v1/models", who="user-001").status_code == 200
+
+
 # --- Bad input -------------------------------------------------------------------------------------------------------
 
 
