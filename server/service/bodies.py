@@ -240,6 +240,13 @@ class KeyList(Answer):
     keys: list[KeyListed]
 
 
+class StreamOptions(Request):
+    """What OpenAI's clients may ask of a stream."""
+
+    include_usage: bool = True
+    include_obfuscation: bool = False
+
+
 class CompletionBody(Request):
     """A completion as OpenAI's clients ask for it; `model` is an adapter's or a user's name, or the base model's."""
 
@@ -254,6 +261,16 @@ class CompletionBody(Request):
     n: Literal[1] = 1
     user: str | None = None
     """Ignored: the adapter is chosen by `model`."""
+    stream_options: StreamOptions | None = None
+    """Ignored: a stream's last piece always has the usage."""
+    # What clients send along unasked is taken at the value at which it changes nothing, and refused at any other.
+    best_of: Literal[1] = 1
+    echo: Literal[False] = False
+    logprobs: None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    frequency_penalty: float = Field(0.0, ge=0, le=0)
+    presence_penalty: float = Field(0.0, ge=0, le=0)
+    suffix: Literal[""] | None = None
 
     @property
     def prompts(self) -> list[str]:

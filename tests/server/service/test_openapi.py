@@ -76,7 +76,9 @@ def test_every_operation_answers_as_documented(site: Site, documented: Any, name
     )  # fmt: skip
     @given(case=st.one_of(modes if negative else modes[:1]))
     def ask(case: Any) -> None:
-        case.validate_response(sent(site, case), checks=CHECKS)
+        response = sent(site, case)
+        # A body that is too large is refused before it is read; the check does not know that as a rejection.
+        case.validate_response(response, checks=CHECKS if response.status_code != 413 else CHECKS[:-1])
 
     ask()
 
