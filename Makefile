@@ -24,7 +24,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-browser test-deployment test-faults soak lint format screenshots protos bench clean
+.PHONY: help install demo test test-browser test-postgres test-deployment test-faults soak lint format screenshots protos bench clean
 
 help: ## List what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -39,6 +39,9 @@ test: $(ALL) ## Run all tests but browsers, deployments, kills and slow ones (ar
 
 test-browser: $(ALL) ## Look at the service's console in chromium, by keyboard and at phone width (skipped without it)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m browser tests/server/console $(ARGS)
+
+test-postgres: $(ALL) ## Run the service's and the console's tests over PostgreSQL instead of SQLite (minutes)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 LETHE_TEST_REGISTRY=postgresql $(BIN)/python -m pytest -m 'not slow and not faults and not browser' -n $(WORKERS) --dist loadfile tests/server/service tests/server/console $(ARGS)
 
 test-deployment: $(ALL) ## Run the tests that start a federation's processes on loopback (minutes; nginx if it is there)
 	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m deployment $(ARGS)

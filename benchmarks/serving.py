@@ -309,9 +309,12 @@ def decoder_passes(work: Work, *, rounds: int) -> dict[str, list[float]]:
     return interleaved(timed, rounds=rounds, device=work.device.type)
 
 
-def added(work: Work, *, count: int) -> float:
-    """Return the median milliseconds until a new user's slot can answer: written, and gathered once."""
-    slots = UserSlots.of(work.adapted)
+def added(work: Work, *, count: int, directory: Path | None = None) -> float:
+    """Return the median milliseconds until a new user's slot can answer: written, and gathered once.
+
+    In a directory a slot and its row of the index are on the disk by then.
+    """
+    slots = UserSlots.of(work.adapted, directory)
     warm, spent = WarmSlots(BankSource(slots), rows=count, device=work.device), []
     values, out = slots_of(slots.layout.size, count), warm.buffer(1)
     for number in range(count):
@@ -420,6 +423,8 @@ def passes(chosen: argparse.Namespace) -> Found:
     decoder = decoder_of(chosen.decoder, where, tiny=chosen.smoke)
     _ratios(decoder_passes(decoder, rounds=chosen.rounds), "decode", figures, rows)
     figures["add_user_ms"] = added(encoder, count=min(200, chosen.many))
+    with tempfile.TemporaryDirectory() as name:
+        figures["add_user_durable_ms"] = added(encoder, count=min(200, chosen.many), directory=Path(name))
     return figures, rows
 
 

@@ -14,9 +14,10 @@ from alembic.config import Config
 from sqlalchemy import create_engine, event, select, text, update
 from sqlalchemy.engine import Connection, Engine, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import DataError as ImpossibleData
 from sqlalchemy.orm import Session
 
-from lora.errors import Busy, ConfigError, RunError, Unavailable
+from lora.errors import Busy, ConfigError, DataError, RunError, Unavailable
 from server.service.tables import AdapterRow, ChangeRow
 
 MIGRATIONS = Path(__file__).parent / "migrations"
@@ -33,6 +34,7 @@ class Registry:
     | case | what happens |
     |---|---|
     | a URL of another kind, or a driver that is not installed | ConfigError with the remedy |
+    | a text with NUL, over PostgreSQL | DataError; SQLite holds it |
     | the database cannot be reached | Unavailable, now and at every later request; it comes back by itself |
     | tables of an older version | migrated, once, however many processes open it |
     | tables of a newer version | RunError; nothing is changed |
@@ -60,6 +62,11 @@ class Registry:
                 yield session
         except IntegrityError as error:
             raise Busy("another request changed the same at the same moment; ask again") from error
+        except ImpossibleData as error:
+            # PostgreSQL holds no NUL in a text. Its own words would repeat what was sent.
+            raise DataError(
+                "the request has a name that the registry cannot hold; leave out what is no text"
+            ) from error
         except DBAPIError as error:
             raise _unavailable(error) from error
 

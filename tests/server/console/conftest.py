@@ -10,10 +10,10 @@ import pytest
 from httpx import Response
 
 from server.console.runs import RunShown
-from tests.server.service.conftest import log, personal, site, site_url, text_encoder
+from tests.server.service.conftest import log, personal, postgres, site, site_url, text_encoder
 from tests.server.service.site import Site
 
-__all__ = ["log", "personal", "site", "site_url", "text_encoder"]
+__all__ = ["log", "personal", "postgres", "site", "site_url", "text_encoder"]
 
 CHART = '<figure><figcaption>Accuracy</figcaption><div class="plot"><svg role="img"></svg></div></figure>'
 

@@ -1,5 +1,6 @@
 """Tiny models with users' slots that differ, made once."""
 
+import os
 import socket
 import threading
 import time
@@ -196,8 +197,10 @@ def text_encoder() -> Encoder:
 
 
 @pytest.fixture
-def site_url() -> str | None:
-    """Of the site's registry; modules that say so are played over both databases."""
+def site_url(request: pytest.FixtureRequest) -> str | None:
+    """Of the site's registry; modules that say so are played over both databases, `make test-postgres` plays all."""
+    if os.environ.get("LETHE_TEST_REGISTRY") == "postgresql":
+        return emptied(request.getfixturevalue("postgres"))
     return None
 
 

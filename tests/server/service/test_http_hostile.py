@@ -92,6 +92,16 @@ def test_who_guesses_keys_is_stopped_before_the_registry_is_asked(site: Site, mo
 # --- Bad input -------------------------------------------------------------------------------------------------------
 
 
+def test_a_name_that_no_database_holds_is_the_callers_mistake(site: Site) -> None:
+    for name in ("a\x00b", "\x00"):
+        problem(site.ask("POST", "/v1/forget-requests", json={"user": name}), 404, 422)
+        problem(site.ask("GET", f"/v1/users/{quote(name)}"), 404, 422)
+        problem(site.ask("POST", f"/v1/users/{quote(name)}/predictions", json={"texts": ["a"]}), 404, 422)
+        problem(site.ask("POST", f"/v1/users/{quote(name)}/events", json={"events": [NEXT]}), 422)
+        problem(site.ask("POST", "/v1/completions", json={"model": name, "prompt": "x"}), 404, 422)
+        problem(site.ask("DELETE", f"/v1/adapters/{quote(name)}"), 404, 422)
+
+
 def test_large_bodies_are_cut_off(site: Site) -> None:
     path = "/v1/users/user-001/events"
     assert "1048576" in problem(site.ask("POST", path, content=b"x" * 10_000_000), 413)
