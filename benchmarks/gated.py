@@ -6,8 +6,8 @@
 FOLDER holds `data_full.json.gz` and `domains.json.gz` of CLINC150. The model is MiniLM with FFA-LoRA's B and a head,
 trained here on all training queries (`--models` of them; seeds draw the rest); the frozen MiniLM without them is the
 detectors' encoder. Requests come one after another: the domains work, travel, home and banking, then single intents.
-Each reads its own training queries and nothing else, which an audit checks: 80 % for slot and statistics, 20 % for
-scale and threshold. Settings are those of a forgetting store (`forgetting:`) unless given.
+Each reads its own training queries and nothing else, which an audit checks: 80 % for slot, statistics and
+(left out in turn) threshold, 20 % for the scale. Settings are those of a forgetting store (`forgetting:`) unless given.
 
 - own slots: one slot a request over blocks of one orthonormal frame (ours), which learns the model's next best label;
   carried: one adapter for all requests with the penalty on overlap and random labels (the paper).

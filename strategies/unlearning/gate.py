@@ -53,7 +53,7 @@ WEIGHTINGS: dict[str, Callable[[Detectors, Tensor], Tensor]] = {
 class ForgettingGate:
     """Detectors of all requests and the bank of their slots.
 
-    `weighting`: `hard` (1 within the threshold of the request's held-back rows, else 0; the default), `soft` (O3's
+    `weighting`: `hard` (1 within the request's threshold, else 0; the default), `soft` (O3's
     formula, which never falls below 0.119 and so touches every row), `cut` (the formula on the far side only, and 0
     beyond the threshold), `always` (1).
 
