@@ -4,8 +4,9 @@ One SQLite file. Every user has a state beside the events, by which the next ope
 """
 
 import sqlite3
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,8 @@ class Histories:
     **Guarantee**: events are added all or none, after a kill at any instant; and when `erase` returns, the file holds
     neither the name nor an event of who was erased; after a kill meanwhile, when it is opened again.
 
-    One process opens a directory at a time, which is for the owner to see to (`UserSlots` locks its directory).
+    One process opens a directory at a time, which is for the owner to see to (`UserSlots` locks its directory). Its
+    threads may share the object: each question and each write is by itself.
     """
 
     def __init__(self, terms: Interactions, *, kind: str, directory: Path | None = None) -> None:
@@ -57,6 +59,8 @@ class Histories:
         Raises RunError for a file of another kind, such as another catalogue's, or a damaged one.
         """
         self.terms, self.directory = terms, directory
+        self._lock = threading.RLock()
+        """Held from a statement's start to its end: the file cannot be written anew beside one that is open."""
         try:
             if directory is not None:
                 directory.mkdir(parents=True, exist_ok=True)
@@ -142,7 +146,9 @@ class Histories:
         """Return the interactions of some users alone; user i is `users[i]`. Raises DataError for an unknown user."""
         self.check(users)
         query = "SELECT item, rating, time FROM events JOIN people USING (person) WHERE name = ? ORDER BY place"
-        found = [np.array(self._file.execute(query, (user,)).fetchall(), dtype=object).reshape(-1, 3) for user in users]
+        with self._lock:
+            rows = [self._file.execute(query, (user,)).fetchall() for user in users]
+        found = [np.array(each, dtype=object).reshape(-1, 3) for each in rows]
         whole = np.concatenate([*found, np.empty((0, 3), dtype=object)])
         return Interactions(
             np.repeat(np.arange(len(users)), [len(each) for each in found]).astype(np.int64),
@@ -178,14 +184,16 @@ class Histories:
     def _tidy(self) -> None:
         """Write the file anew after a removal. SQLite's secure_delete overwrites a deleted row where it stands, but not
         the copies that stay in a page when its rows are moved to another one."""
-        if self.noted("stale") == "yes":
-            if self.directory is not None:
-                self._file.execute("VACUUM")
-            self.note("stale", "no")
+        with self._lock:
+            if self.noted("stale") == "yes":
+                if self.directory is not None:
+                    self._file.execute("VACUUM")
+                self.note("stale", "no")
 
     def note(self, key: str, value: str) -> None:
         """Keep a word about the whole."""
-        self._file.execute("INSERT OR REPLACE INTO about VALUES (?, ?)", (key, value))
+        with self._lock:
+            self._file.execute("INSERT OR REPLACE INTO about VALUES (?, ?)", (key, value))
 
     def noted(self, key: str) -> str | None:
         """Return what was kept."""
@@ -202,24 +210,28 @@ class Histories:
         return self._names(after, user, count) + self._names(before, user, count)
 
     def _names(self, query: str, *arguments: object) -> list[str]:
-        return [name for (name,) in self._file.execute(query, arguments)]
+        with self._lock:
+            return [name for (name,) in self._file.execute(query, arguments)]
 
     def _one(self, query: str, *arguments: object) -> Any:
-        found = self._file.execute(query, arguments).fetchone()
+        with self._lock, closing(self._file.execute(query, arguments)) as rows:
+            found = rows.fetchone()
         return None if found is None else found[0]
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        try:
-            self._file.execute("BEGIN IMMEDIATE")
-            yield
-            self._file.execute("COMMIT")
-        except BaseException as error:
-            # Without room SQLite has rolled back by itself, or is still inside after a COMMIT that failed.
-            if self._file.in_transaction:
-                self._file.execute("ROLLBACK")
-            if isinstance(error, sqlite3.OperationalError):
-                raise RunError(
-                    f"{self.directory}: events cannot be written ({error}); nothing has changed: make room, try again"
-                ) from error
-            raise
+        with self._lock:
+            try:
+                self._file.execute("BEGIN IMMEDIATE")
+                yield
+                self._file.execute("COMMIT")
+            except BaseException as error:
+                # Without room SQLite has rolled back by itself, or is still inside after a COMMIT that failed.
+                if self._file.in_transaction:
+                    self._file.execute("ROLLBACK")
+                if isinstance(error, sqlite3.OperationalError):
+                    raise RunError(
+                        f"{self.directory}: events cannot be written ({error}); nothing has changed: make room, try "
+                        "again"
+                    ) from error
+                raise

@@ -1,6 +1,7 @@
 """Users for life: nobody forgotten, nobody mixed with another, refused events without effect, and no trace left."""
 
 import random
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -338,6 +339,34 @@ def test_no_copy_of_an_event_stays_behind_moved_pages(tmp_path: Path, monkeypatc
     assert len(kept) == len(times) - 60
     assert len(kept.log(kept.names())) == sum(len(found) for name, found in times.items() if name not in gone)
     kept.close()
+
+
+def test_threads_that_look_up_users_are_in_nobodys_way(tmp_path: Path) -> None:
+    """Whoever asks while a user is erased holds a statement open, beside which the file cannot be written anew."""
+    histories = Histories(builtin_interactions(users=1, items=20, events=5), kind="k", directory=tmp_path)
+    names = [f"person-{number}" for number in range(30)]
+    histories.add([Row(name, 1, 3.5, number) for number, name in enumerate(names)])
+    stop, wrong = threading.Event(), list[str]()
+
+    def look() -> None:
+        while not stop.is_set():
+            for name in names:
+                found = name in histories, histories.events(name), len(histories.log([names[-1]]))
+                if found[0] != (found[1] > 0) and name in histories:
+                    wrong.append(name)
+
+    threads = [threading.Thread(target=look) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        for name in names[:-1]:
+            histories.erase([name])
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(30)
+    assert wrong == [] and histories.names() == names[-1:]
+    histories.close()
 
 
 def test_forgetting_moves_nobody_else_and_lets_one_come_back(world: Any, personal: Personalized) -> None:
