@@ -126,7 +126,7 @@ class _Playing:
             kept = save_reader(world.base, self.directory / BASE)
             world = replace(world, base=replace(world.base, reference=str(kept)))
         if index == 0:
-            keep_recommenders(world, self.directory)
+            keep_recommenders(world, self.directory, told=ready.personal.told)
         arms = self.comparison.run(world, ready.personal, run.adapter, listen=self._done)
         if index == 0:
             self._show(arms)

@@ -1,16 +1,19 @@
 """What a personal run keeps so that it can be served, and how it is opened again."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lethe.config import PersonalRun, load_personal_run
 from lora.errors import ModelError, RunError
 from strategies.personal.asking import Asking
+from strategies.personal.config import Told
 from strategies.personal.files import load_personalized, save_personalized
 from strategies.personal.personalized import Personalized
 from strategies.personal.recommenders.files import keepable, load_recommender, save_recommender
 from strategies.personal.representation import Recommended
+from strategies.personal.retriever import SemanticRetriever
 from strategies.personal.world import World, base_of
 from tasks.models import BaseModel, load_base
 from tasks.recommendation.files import load_interactions
@@ -18,7 +21,7 @@ from tasks.recommendation.interactions import Interactions
 from tasks.recommendation.splits import SPLITS
 
 BASE, RECOMMENDERS, META = "base", "recommenders", "adapter/meta"
-SCORER, ROUTER = "scorer", "router-"
+SCORER, ROUTER, RETRIEVER = "scorer", "router-", "texts.safetensors"
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,14 @@ class ServedRun:
     log: Interactions
 
 
-def keep_recommenders(world: World, directory: Path) -> None:
-    """Write the recommenders that score and route, where they can be saved: boosted ones cannot, nor be served."""
+def keep_recommenders(world: World, directory: Path, *, told: Told = "latest") -> None:
+    """Write the recommenders that score and route, where they can be saved: boosted ones cannot, nor be served.
+
+    Where prompts are told similar events, what finds them is kept too.
+    """
+    if told == "similar":
+        (directory / RECOMMENDERS).mkdir(parents=True, exist_ok=True)
+        world.retriever.save(directory / RECOMMENDERS / RETRIEVER)
     if keepable(world.scorer):
         save_recommender(world.scorer, directory / RECOMMENDERS / SCORER)
     for place, router in enumerate(world.routers):
@@ -52,8 +61,10 @@ def open_run(directory: Path) -> ServedRun:
     folders = sorted((directory / RECOMMENDERS).glob(f"{ROUTER}*"), key=lambda path: int(path.name[len(ROUTER) :]))
     routers: list[Any] = [load_recommender(folder) for folder in folders]
     own = run.personal
+    retriever = SemanticRetriever.load(directory / RECOMMENDERS / RETRIEVER) if own.told == "similar" else None
     asking = Asking(
-        base, scorer=scorer, base_score=own.base_score, history=own.history, max_length=own.max_length
+        base, scorer=scorer, base_score=own.base_score, history=own.history, max_length=own.max_length,
+        chosen=None if retriever is None else partial(retriever.similar, count=own.history),
     )  # fmt: skip
     representation = Recommended(routers, own.routing)
     return ServedRun(load_personalized(directory / META, base, asking=asking, representation=representation), log)

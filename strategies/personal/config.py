@@ -11,6 +11,7 @@ FrameKind = Literal["shared", "own"]
 Routing = Literal["user", "pair"]
 GateKind = Literal["router", "uniform", "random"]
 BaseScore = Literal["offset", "prompt", "none"]
+Told = Literal["latest", "similar"]
 
 
 class HistoriesConfig(Section):
@@ -58,6 +59,9 @@ class PersonalConfig(Section):
     """Where the recommender's score goes: offset adds its log odds, prompt tells it in words, none leaves it out."""
     history: int = Field(5, ge=0, le=200)
     """Events told in a prompt."""
+    told: Told = "latest"
+    """Which: the latest, or those whose item texts mean most nearly what the target's does, in order of time (by
+    MiniLM, whatever model reads the prompt)."""
     max_length: int = Field(256, ge=8, le=100_000)
     """Tokens of a prompt; a longer one loses its oldest events."""
     sample: int = Field(16_384, ge=1)

@@ -274,7 +274,7 @@ class PersonalWorld(World):
 
 def _checked(personal: PersonalConfig) -> PersonalConfig:
     """Refuse what would need a trained recommender, a moving frame, or a target at the time of mixing."""
-    allowed = {"base_score": "none", "frame": "shared", "routing": "user"}
+    allowed = {"base_score": "none", "frame": "shared", "routing": "user", "told": "latest"}
     for key, value in allowed.items():
         if (given := getattr(personal, key)) != value:
             raise ConfigError(f"personal.{key}={given}: histories stay at the clients; set personal.{key}: {value}")

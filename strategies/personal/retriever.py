@@ -5,13 +5,18 @@ The short one holds the events whose item texts mean most nearly what the target
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
-from lora.errors import DataError
+from lora.errors import DataError, RunError
 from tasks.recommendation.interactions import Interactions, Ints, Queries
 
+_UNIT = "unit"
 TABLE = 8192
 """Items up to which all similarities are computed once, rather than for every query."""
 
@@ -34,6 +39,20 @@ class SemanticRetriever:
         self.unit = embeddings / np.maximum(lengths, 1e-12)
         self.long, self.short = long, short
         self._table = self.unit @ self.unit.T if len(embeddings) <= TABLE else None
+
+    def save(self, path: Path) -> None:
+        """Write the embeddings; `load` reads them, so that who serves needs no model for texts."""
+        save_file({_UNIT: torch.from_numpy(np.ascontiguousarray(self.unit))}, path)
+
+    @classmethod
+    def load(cls, path: Path) -> "SemanticRetriever":
+        """Read what `save` wrote. Raises RunError for a file that is missing or damaged."""
+        try:
+            return cls(load_file(path)[_UNIT].numpy())
+        except (OSError, SafetensorError, KeyError) as error:
+            raise RunError(
+                f"{path}: the item texts' vectors cannot be read ({type(error).__name__}); run lethe personalize again"
+            ) from error
 
     def __call__(self, log: Interactions, queries: Queries) -> LongShort:
         """Return the latest `long` events and the `short` most similar ones of each whole history."""

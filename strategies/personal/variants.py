@@ -16,8 +16,6 @@ class Variant:
     changes: Mapping[str, object] = field(default_factory=dict)
     widened: bool = False
     """Whether its rank is raised until it trains as many numbers as RecLoRA with its routers, see `equal_rank`."""
-    retrieved: bool = False
-    """Whether its prompts tell the events most similar to the target, not the latest (`SemanticRetriever`)."""
 
     def personal(self, config: PersonalConfig) -> PersonalConfig:
         """Return the configuration of this arm. Raises ConfigError where they do not go together."""
@@ -45,7 +43,7 @@ VARIANTS: Mapping[str, Variant] = {
     "uniform-gate": Variant({"gate": "uniform"}),
     "random-gate": Variant({"gate": "random"}),
     "score-in-prompt": Variant({"base_score": "prompt"}),
-    "retrieved-history": Variant(retrieved=True),
+    "retrieved-history": Variant({"told": "similar"}),
 }
 """Arms that are trained. A swapped gate and a full swap are questions to a trained arm: `logits(routed_as=...)`."""
 

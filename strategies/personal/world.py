@@ -108,8 +108,7 @@ class World:
         if name is not None and variant(name).widened:
             adapter = self._widened(config, adapter, own=own.frame == "own")
         base = replace(self.base, model=copy.deepcopy(self.base.model))
-        retrieved = name is not None and variant(name).retrieved
-        chosen = partial(self.retriever.similar, count=own.history) if retrieved else None
+        chosen = partial(self.retriever.similar, count=own.history) if own.told == "similar" else None
         asking = Asking(
             base, scorer=self.scorer, base_score=own.base_score, history=own.history, max_length=own.max_length,
             chosen=chosen,

@@ -21,6 +21,7 @@ from lethe.served_run import open_run
 from lora.errors import RunError
 from server.service.identity import Caller
 from server.service.recommending import RecommendAsked
+from strategies.personal.asking import Asking
 from strategies.personal.comparison import RECLORA, Comparison
 from strategies.personal.personalized import Personalized
 from tasks.recommendation.reader import ReaderSettings
@@ -38,7 +39,11 @@ class Played:
 
 @pytest.fixture(scope="module")
 def played(tmp_path_factory: pytest.TempPathFactory) -> Played:
-    place = tmp_path_factory.mktemp("served")
+    return play(tmp_path_factory.mktemp("served"))
+
+
+def play(place: Path, *more: str) -> Played:
+    """Make a little personal run."""
     data = write_ratings(place / "data")
     kept: list[Personalized] = []
     with pytest.MonkeyPatch.context() as patch:
@@ -51,7 +56,7 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> Played:
             return arms
 
         patch.setattr(Comparison, "run", spied)
-        words = [*LITTLE, "comparison.recommenders=[MF,DIN]", "comparison.routers=[MF,DIN]", "name=little"]
+        words = [*LITTLE, "comparison.recommenders=[MF,DIN]", "comparison.routers=[MF,DIN]", "name=little", *more]
         assert main(["personalize", "movielens", f"ratings.path={data}", *words, "--quiet"]) == 0
     return Played(place / "runs" / "little", kept[0])
 
@@ -62,6 +67,22 @@ def test_an_opened_run_answers_as_it_did(played: Played) -> None:
     asked = log.queries(np.arange(0, len(log), 7))
     np.testing.assert_allclose(opened.personal.logits(log, asked), played.arm.logits(log, asked), atol=1e-5)
     assert np.ptp(played.arm.logits(log, asked)) > 1e-3
+
+
+def test_an_opened_run_tells_the_events_that_it_told(tmp_path: Path) -> None:
+    played = play(tmp_path, "personal.told=similar", "comparison.ranked=1")
+    opened = open_run(played.run)
+    asked = opened.log.queries(np.arange(20, len(opened.log), 29))
+    np.testing.assert_allclose(
+        opened.personal.logits(opened.log, asked), played.arm.logits(opened.log, asked), atol=1e-5
+    )
+    told = [one.asking(opened.log, asked).tokens.ids for one in (opened.personal, played.arm)]
+    assert all(np.array_equal(mine, theirs) for mine, theirs in zip(*told, strict=True))
+    latest = Asking(opened.personal.base, history=2)(opened.log, asked).tokens.ids
+    assert any(not np.array_equal(mine, other) for mine, other in zip(told[0], latest, strict=True))
+    (played.run / "recommenders" / "texts.safetensors").unlink()
+    with pytest.raises(RunError, match=r"texts\.safetensors: the item texts' vectors cannot be read"):
+        open_run(played.run)
 
 
 def test_a_service_of_a_run_knows_its_users_and_keeps_what_comes(played: Played, tmp_path: Path) -> None:
