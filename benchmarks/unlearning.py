@@ -421,6 +421,10 @@ def of_method(found: Found) -> dict[str, float]:
     if carried:
         made["blocks"] = statistics.fmean(len(blocks.selected) for blocks in carried)
         made["update_norm"] = statistics.fmean(sum(blocks.updates[-1].values()) for blocks in carried)
+    for lines in zip(*(report.lines for report in found.reports), strict=True):
+        at = f"request_{lines[0].request}_after_{lines[0].time}"
+        made[f"{at}_seen"] = statistics.fmean(line.seen for line in lines)
+        made[f"{at}_unseen"] = statistics.fmean(line.unseen for line in lines)
     for name in found.attacks[0] if found.attacks else ():
         made[name] = statistics.fmean(attack[name] for attack in found.attacks)
     return {name: value for name, value in made.items() if np.isfinite(value)}
