@@ -20,6 +20,7 @@ SECONDS = 30.0
 
 def test_the_first_recommendation_is_in_the_browser_soon(tmp_path: Path, free_port: int) -> None:
     environment = os.environ | {"LETHE_CACHE": str(tmp_path), "PYTHONUNBUFFERED": "1"}
+    alone = os.getloadavg()[0] < 0.4 * (os.cpu_count() or 1)
     command = [sys.executable, "-c", "import sys; from lethe.cli import main; sys.exit(main())", "serve"]
     with playwright.sync_playwright() as started:
         browser = started.chromium.launch(executable_path=chromium(), args=FLAGS)
@@ -40,8 +41,8 @@ def test_the_first_recommendation_is_in_the_browser_soon(tmp_path: Path, free_po
     own = os.times()
     busy = own.children_user + own.children_system - cpu.children_user - cpu.children_system
     print(f"first recommendation after {spent:.1f} s, {busy:.1f} s of CPU")
-    # Where other processes take the core, only what the command itself needs is held against it.
-    assert min(spent, busy) < SECONDS
+    # Where other processes take the cores, only what the command itself needs is held against it.
+    assert (spent if alone else min(spent, busy)) < SECONDS
 
 
 def _recommended(page: Any, address: str, *, key: str) -> None:
