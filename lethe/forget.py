@@ -71,7 +71,7 @@ def init(  # noqa: PLR0917 - typer reads options from parameters
 @app.command()
 def add(  # noqa: PLR0917 - typer reads options from parameters
     place: Place,
-    user: Annotated[str | None, typer.Option(help="Delete a user: slot, history, and routing row.")] = None,
+    user: Annotated[str | None, typer.Option(help="Delete a user: slot and history.")] = None,
     classes: Classes = None,
     examples: Rows = None,
     client: Annotated[str | None, typer.Option(help="Serve what a client trained by an order; with --answer.")] = None,

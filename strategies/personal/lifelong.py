@@ -227,7 +227,7 @@ answer to a representation without events |
         return log, slots, np.array([len(known) if user is None else place[user] for user in users], dtype=np.int64)
 
     def forget(self, *users: str) -> None:
-        """Delete slots, histories and routing of some users, durably; raises DataError for an unknown one.
+        """Delete slots and histories of some users, durably; raises DataError for an unknown one.
 
         What the shared weights learned from their events before is not undone by this: that is unlearning.
         """
