@@ -14,6 +14,7 @@ from server.console.evidence import rows
 from server.console.pages import COOKIE, HOME, REPORT, STATIC, ConsoleRoute, html, moved, sign
 from server.console.shelf import PAGE, shelf
 from server.console.visitor import FormOf, Visitor, VisitorOf, field_of, sessions_of
+from server.service.edge import sender_of
 from server.service.forgetting import ForgetRequest, subject_of
 from server.service.identity import NoKey, digest_of
 from server.service.tables import LONGEST_NAME
@@ -64,7 +65,7 @@ async def post_sign_in(request: Request, form: FormOf) -> Response:
     """Take a key; the browser gets a new token for it, and never the key."""
     sessions, key = sessions_of(request), form.get("key", "").strip()
     service = request.app.state.service
-    service.rates.take_of("" if request.client is None else request.client.host)
+    service.rates.take_of(sender_of(request))
     try:
         await run_in_threadpool(service.keys.caller, key)
     except NoKey:

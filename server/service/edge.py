@@ -5,6 +5,7 @@ import time
 from contextlib import suppress
 from typing import Any
 
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.service.metrics import Metrics
@@ -12,6 +13,11 @@ from server.service.problems import TOO_LARGE, problem
 
 LARGEST_BODY = 2**20
 """Bytes of a request's body."""
+
+
+def sender_of(request: Request) -> str:
+    """Return the address that a request comes from."""
+    return "" if request.client is None else request.client.host
 
 
 class _TooLarge(Exception):

@@ -69,7 +69,7 @@ class Deletions:
     | a kill in between | `resume` carries it out: the name is kept until then |
     | several processes of one registry | one after the other; `resume` only for users who are `mine` |
     | an eraser fails | the request says so and stays open; `resume` tries again |
-    | events or adapters arrive meanwhile (`left`) | deleted again; after the third time the request fails, and stays |
+    | events or adapters arrive meanwhile (`left`) | deleted again; after the third time as if an eraser failed |
     | another process answers by an adapter | until it hears of it, within a second; a text being written ends then |
     | nothing is known of the user | Unknown; no request is made |
     """
@@ -95,26 +95,24 @@ class Deletions:
             return self._carry_out(row.id, user)
 
     def _carry_out(self, request: str, user: str) -> ForgetRequest:
-        evidence: Evidence = {}
+        evidence, found = Evidence(), Evidence()
         try:
             for _ in range(_TRIES):
-                evidence = _added(evidence, self._erased(user))
+                for erase in self._erasers:
+                    found |= erase(user)
+                evidence, found = _added(evidence, found), Evidence()
                 if not _left(evidence):
                     break
             else:
                 raise Denied(f"user '{user}' comes back all the time; stop what sends their events, and ask again")
         except LetheError as error:
+            # What was deleted before the one that failed is told all the same.
+            evidence = _added(evidence, found)
             self._note(request, state="failed", evidence=evidence | {"error": type(error).__name__})
             raise
         self._note(request, state="done", evidence=evidence)
         self.registry.scrub()
         return self.get(request)
-
-    def _erased(self, user: str) -> Evidence:
-        evidence: Evidence = {}
-        for erase in self._erasers:
-            evidence |= erase(user)
-        return evidence
 
     def _note(self, request: str, *, state: State, evidence: Evidence) -> None:
         with self.registry.session() as session:

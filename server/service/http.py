@@ -16,7 +16,7 @@ from server.console.runs import Runs
 from server.console.sessions import Sessions
 from server.console.site import console
 from server.service import bodies, calls, completions
-from server.service.edge import BodyLimit, Counted
+from server.service.edge import BodyLimit, Counted, sender_of
 from server.service.identity import Caller
 from server.service.peft import LARGEST
 from server.service.problems import DOCUMENTED, install
@@ -40,11 +40,6 @@ async def _caller(
     request: Request, service: ServiceOf, given: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
 ) -> Caller:
     return await calls.caller_of(service, None if given is None else given.credentials, sender=sender_of(request))
-
-
-def sender_of(request: Request) -> str:
-    """Return the address that a request comes from."""
-    return "" if request.client is None else request.client.host
 
 
 CallerOf = Annotated[Caller, Depends(_caller)]

@@ -161,6 +161,18 @@ def test_who_comes_back_all_the_time_is_not_said_to_be_forgotten(returning: Call
     assert deletions.resume() == 1 and deletions.get(failed.id).state == "done"
 
 
+def test_what_was_deleted_before_an_eraser_failed_is_told(tmp_path: Path) -> None:
+    def fails(user: str) -> Evidence:
+        raise Unavailable("the disk is away")
+
+    registry = Registry(None, tmp_path)
+    deletions = Deletions(registry, [lambda user: {"events": 3}, fails], knows=lambda user: True)
+    with pytest.raises(Unavailable):
+        deletions.ask("ana", asked_by=None)
+    assert deletions.all()[0].evidence == {"events": 3, "error": "Unavailable"}
+    registry.close()
+
+
 def test_texts_by_adapters_that_come_and_go_are_those_of_their_user(
     text_encoder: Encoder, tmp_path: Path, in_threads: Callable[..., None]
 ) -> None:
