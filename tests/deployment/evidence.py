@@ -37,6 +37,8 @@ GONE = (
     "\N{MULTIPLICATION SIGN} its expected interval."
 )
 """What the SuperLink answers for a node that it has not heard of for a minute."""
+PATIENCE = 15.0
+"""Seconds for which a frozen executor waits for the others of its round; Flower gives it up after 60."""
 
 
 @contextmanager
@@ -208,28 +210,39 @@ def uncharged(fleet: Fleet, run: str) -> list[str]:
     return wrong
 
 
-def frozen_training(fleet: Fleet, clients: Sequence[str], *, seconds: float = 120) -> int:
+def frozen_training(fleet: Fleet, clients: Sequence[str], *, seconds: float = 240) -> int:
     """Freeze executors in the midst of one round, charged and not yet answered; returns the round's number.
 
     Each is frozen as soon as its log says that it was charged. Where an answer was faster, the next round is taken.
     """
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        marks = {client: len(events(fleet, client, "charged")) for client in clients}
-        waiting = set(clients)
-        while waiting and time.monotonic() < end:
-            for client in sorted(waiting):
-                if len(events(fleet, client, "charged")) > marks[client]:
-                    os.kill(fleet.processes[executor(client)].pid, signal.SIGSTOP)
-                    waiting.remove(client)
-            time.sleep(0.01)
-        if not waiting and not any(_answered(fleet, client) for client in clients):
+        if _frozen(fleet, clients, until=end) and not any(_answered(fleet, client) for client in clients):
             numbers = {_round(fleet, client) for client in clients}
             if len(numbers) == 1:
                 return numbers.pop()
         for client in clients:
             thaw(fleet, client)
     raise AssertionError(f"no round caught {clients} in training\n{fleet.logs()}")
+
+
+def _frozen(fleet: Fleet, clients: Sequence[str], *, until: float) -> bool:
+    """Freeze each executor at its next charge; whether all were caught.
+
+    Who was charged for a round just before the look began is charged again only in the next, which cannot come while
+    another is frozen in this one. So none waits longer than PATIENCE for the rest, well before Flower gives it up.
+    """
+    marks = {client: len(events(fleet, client, "charged")) for client in clients}
+    waiting = set(clients)
+    while waiting and time.monotonic() < until:
+        for client in sorted(waiting):
+            if len(events(fleet, client, "charged")) > marks[client]:
+                os.kill(fleet.processes[executor(client)].pid, signal.SIGSTOP)
+                if len(waiting) == len(clients):
+                    until = min(until, time.monotonic() + PATIENCE)
+                waiting.remove(client)
+        time.sleep(0.01)
+    return not waiting
 
 
 def thaw(fleet: Fleet, client: str) -> None:
