@@ -47,7 +47,7 @@ from strategies.unlearning.class_baselines import OBJECTIVES, baseline
 from strategies.unlearning.class_request import ClassRequest, Method
 from strategies.unlearning.classifier import Classifier, fit, image_classifier, text_classifier
 from strategies.unlearning.config import BudgetConfig, FitConfig, GsLoraConfig
-from strategies.unlearning.folding import SERVED
+from strategies.unlearning.folding import SERVED, SERVED_PLUS
 from strategies.unlearning.gs_lora import GsLora
 from strategies.unlearning.measures import Answers
 from strategies.unlearning.prototypes import Prototypes
@@ -75,7 +75,7 @@ RATES = {
 FEW = GsLoraConfig(rate=4e-3, bound=3.0, sparsity=0.02, hold_weight=0.5, hold_bound=2.0)
 MISSING = GsLoraConfig(rate=8e-3)
 PLUS: Mapping[str, Mapping[str, object]] = {
-    "texts": {"prototype_forget": 0.1, "prototype_retain": 0.3},
+    "texts": SERVED_PLUS.model_dump(include={"prototype_forget", "prototype_retain"}),
     "few-shot": {"bound": 2.0, "forget_weight": 1.0, "hold_weight": 0.0, "prototype_forget": 1.0},
     "missing": {"rate": 6e-3, "prototype_forget": 1.0, "prototype_retain": 3.0},
 }

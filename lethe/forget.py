@@ -76,7 +76,7 @@ def add(  # noqa: PLR0917 - typer reads options from parameters
     examples: Rows = None,
     client: Annotated[str | None, typer.Option(help="Serve what a client trained by an order; with --answer.")] = None,
     answer: Annotated[Path | None, typer.Option(help="The file that `lethe forget answer` wrote.")] = None,
-    method: Annotated[str, typer.Option(help="For --class: o3 (needs no other rows) or gs-lora.")] = "o3",
+    method: Annotated[str, typer.Option(help="For --class: o3 (needs no other rows), gs-lora, gs-lora++.")] = "o3",
     database: Database = None,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Carry it out now, or only accept it.")] = True,
 ) -> None:

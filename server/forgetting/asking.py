@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from lora.errors import ConfigError, DataError, RunError, WrongUpdate, nearest
 from server.forgetting.files import (
+    FOLDED,
     Method,
     RequestFile,
     StateFile,
@@ -94,23 +95,23 @@ def wish_classes(store: Store, classes: Sequence[str], *, rows: Examples | None 
     _check_left(store, named)
     whole = sources.of_classes(named) if rows is None else rows
     _check_labels(whole, named, labels)
-    if method == "gs-lora":
-        _check_replay(sources, named)
+    if method in FOLDED:
+        _check_replay(sources, method)
     about = {"classes": named, "rows": len(whole), "source": "run" if rows is None else "file"}
     wish = Wish("class", method, (method, sorted(named), _rows(whole)), {ROWS: rows_file(whole)}, about)
-    if method == "gs-lora" and not _known(store, wish):
+    if method in FOLDED and not _known(store, wish):
         _check_not_forgotten(store, named)
     return wish
 
 
 def check_method(name: str, *, whole_classes: bool = True) -> Method:
-    """Return a method by name. Raises ConfigError for an unknown one, and for gs-lora where single examples go."""
-    known: tuple[Method, ...] = ("o3", "gs-lora")
+    """Return a method by name. Raises ConfigError for an unknown one, and for GS-LoRA(++) where single examples go."""
+    known: tuple[Method, ...] = ("o3", *FOLDED)
     found = next((each for each in known if each == name), None)
     if found is None:
         raise ConfigError(f"--method {name}: there is no such method{nearest(name, known)}")
-    if found == "gs-lora" and not whole_classes:
-        raise ConfigError("--method gs-lora forgets whole classes; name them by --class, or use o3 for examples")
+    if found in FOLDED and not whole_classes:
+        raise ConfigError(f"--method {found} forgets whole classes; name them by --class, or use o3 for examples")
     return found
 
 
@@ -291,13 +292,13 @@ def _check_labels(rows: Examples, classes: Sequence[str], labels: Sequence[str])
     check_rows(len(rows))
 
 
-def _check_replay(sources: Sources, classes: Sequence[str]) -> None:
+def _check_replay(sources: Sources, method: Method) -> None:
     """Raise RunError where no row is left to train beside the request."""
     try:
         _ = sources.splits
     except RunError as error:
         raise RunError(
-            f"--method gs-lora needs rows of what stays: {error}; use --method o3, which needs none"
+            f"--method {method} needs rows of what stays: {error}; use --method o3, which needs none"
         ) from error
 
 

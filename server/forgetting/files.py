@@ -15,7 +15,9 @@ from tasks.config import ModelConfig
 
 VERSION = 1
 Kind = Literal["user", "class", "examples", "client"]
-Method = Literal["erase", "o3", "gs-lora"]
+Method = Literal["erase", "o3", "gs-lora", "gs-lora++"]
+FOLDED: tuple[Method, ...] = ("gs-lora", "gs-lora++")
+"""Methods whose adapter is folded into the served one."""
 S = TypeVar("S", bound=Section)
 
 

@@ -13,13 +13,23 @@ from lora.errors import RunError
 from server.export import export
 from server.forgetting import evidence, signing
 from server.forgetting.asking import ANSWER, NAME, ROWS, fitting, now
-from server.forgetting.files import Held, Manifest, RequestFile, sha256, write_json, write_section
+from server.forgetting.files import (
+    Held,
+    Manifest,
+    RequestFile,
+    check_digest,
+    sha256,
+    write_bytes,
+    write_json,
+    write_section,
+)
 from server.forgetting.sources import Sources
 from server.forgetting.store import (
     ADAPTERS,
     AFTER,
     BEFORE,
     MANIFEST,
+    PROTOTYPES,
     TRAINED,
     Store,
     adapter_digests,
@@ -28,15 +38,20 @@ from server.forgetting.users import users_of
 from strategies.personal.erasure import StoredUsers
 from strategies.unlearning.audited_request import AuditedRequest
 from strategies.unlearning.class_request import ClassRequest
+from strategies.unlearning.classifier import Classifier
 from strategies.unlearning.detector import Detector
-from strategies.unlearning.folding import forget_classes
+from strategies.unlearning.folding import SERVED, SERVED_PLUS, forget_classes, plain
 from strategies.unlearning.forgotten import Forgotten, GatedSlot, load_slot, save_slot
 from strategies.unlearning.o3 import Unlearned
+from strategies.unlearning.prototypes import Prototypes
 from strategies.unlearning.remote import ForgetAnswer
 from strategies.unlearning.stream import sampled
 from tasks.examples import Examples
+from tasks.exported import ExportedClassifier
 
 ERASED = "erased.json"
+PROTOTYPE_ROWS = 100
+"""Most rows of a class that its prototype is the mean of."""
 
 
 class Stage:
@@ -102,6 +117,7 @@ def steps_of(request: RequestFile) -> tuple[str, ...]:
         "client": ("accept answer",),
         "o3": ("train slot", "fit detector", "accept slot"),
         "gs-lora": ("train adapter",),
+        "gs-lora++": ("train adapter",),
     }["client" if request.kind == "client" else request.method]
     return ("measure before", *made, "measure after", "delete request", "sign record")
 
@@ -221,41 +237,64 @@ def _hold(stage: Stage, request: RequestFile, classes: tuple[str, ...]) -> None:
 
 
 def _train_adapter(stage: Stage, request: RequestFile) -> None:
-    """Forget by GS-LoRA, and serve the new adapter from now on; the one before is removed."""
+    """Forget by GS-LoRA or GS-LoRA++, and serve the new adapter from now on; the one before is removed."""
     store, manifest = stage.store, stage.store.manifest
     if manifest.of(request.id) is None:
-        began = time.process_time()
-        asked = _class_request(stage, request)
-        config = store.config
+        began, exported, config = time.process_time(), store.exported(), store.config
+        classifier = plain(exported, store.base())
+        asked = _class_request(stage, request, classifier)
         made = forget_classes(
-            store.exported(),
-            store.base(),
+            exported,
+            classifier,
             asked,
+            config=SERVED_PLUS if request.method == "gs-lora++" else SERVED,
             epochs=config.replay_epochs,
             least_steps=config.replay_steps,
             seed=request.seed % 2**32,
         )
-        learner, values = made.over(store.base())
-        export(learner, values, store.directory / ADAPTERS / request.id, labels=made.labels)
         told = {"rank": made.rank, "replay_rows": len(asked.retain), "cpu_s": round(time.process_time() - began, 3)}
         write_json(store.place(request.id) / TRAINED, told)
-        held = Held(request=request.id, method="gs-lora", classes=request.classes)
-        files = adapter_digests(store.directory / ADAPTERS / request.id)
-        update = {"adapter": request.id, "files": files, "held": (*manifest.held, held)}
-        write_section(store.directory / MANIFEST, manifest.model_copy(update=update))
+        _fold(stage, request, made, asked)
     for old in (store.directory / ADAPTERS).iterdir():
         if old.name != store.manifest.adapter:
             shutil.rmtree(old)
 
 
-def _class_request(stage: Stage, request: RequestFile) -> ClassRequest:
-    audited, train = stage.audited(request), stage.sources.splits.train
-    gone = {stage.labels[name] for name in (*request.classes, *stage.store.manifest.forgotten)}
-    staying = set(stage.labels.values()) - gone
-    replay = train.take(sampled(train, stage.store.config.replay, classes=staying, seed=stage.store.config.seed))
-    classes = tuple(sorted(stage.labels[name] for name in request.classes))
+def _fold(stage: Stage, request: RequestFile, made: ExportedClassifier, asked: ClassRequest) -> None:
+    """Serve an adapter that a request was folded into: one renaming of the manifest."""
+    store, manifest = stage.store, stage.store.manifest
+    place = store.directory / ADAPTERS / request.id
+    learner, values = made.over(store.base())
+    export(learner, values, place, labels=made.labels)
+    if asked.prototypes is not None:
+        write_bytes(place / PROTOTYPES, asked.prototypes.without(asked.gone).to_bytes())
+    held = Held(request=request.id, method=request.method, classes=request.classes)
+    update = {"adapter": request.id, "files": adapter_digests(place), "held": (*manifest.held, held)}
+    write_section(store.directory / MANIFEST, manifest.model_copy(update=update))
+
+
+def _class_request(stage: Stage, request: RequestFile, classifier: Classifier) -> ClassRequest:
+    audited, train, config = stage.audited(request), stage.sources.splits.train, stage.store.config
     earlier = tuple(sorted(stage.labels[name] for name in stage.store.manifest.forgotten))
-    return ClassRequest(classes, audited.examples.take(audited.used), replay, earlier=earlier)
+    classes = tuple(sorted(stage.labels[name] for name in request.classes))
+    staying = set(stage.labels.values()) - {*earlier, *classes}
+    replay = train.take(sampled(train, config.replay, classes=staying, seed=config.seed))
+    used = audited.examples.take(audited.used)
+    known = _kept_prototypes(stage.store)
+    if known is None:
+        others = train.take(sampled(train, PROTOTYPE_ROWS, classes=staying, seed=config.seed))
+        rows = Examples((*others.texts, *used.texts), (*(others.labels or ()), *(used.labels or ())))
+        known = Prototypes.of(classifier, rows, classes=classifier.classes)
+    return ClassRequest(classes, used, replay, prototypes=known, earlier=earlier)
+
+
+def _kept_prototypes(store: Store) -> Prototypes | None:
+    """Return the class means of the model before the first request by GS-LoRA(++); None where this is the first."""
+    manifest = store.manifest
+    if PROTOTYPES not in manifest.files:
+        return None
+    path = store.directory / ADAPTERS / str(manifest.adapter) / PROTOTYPES
+    return Prototypes.load(check_digest(path, manifest.files[PROTOTYPES]))
 
 
 # --- A user's request ------------------------------------------------------------------------------------------------

@@ -54,6 +54,8 @@ WORK, REQUEST, STATE, BEFORE, TRAINED, AFTER = (
     "trained.json",
     "after.json",
 )
+PROTOTYPES = "prototypes.safetensors"
+"""Beside the adapter of a request by GS-LoRA(++): class means of the model before the first such request."""
 _FIRST = "first"
 _POLL = 0.2
 

@@ -27,6 +27,8 @@ Factors = Mapping[tuple[Part, str], Tensor]
 SERVED = GsLoraConfig(rate=6e-3, bound=1.0, sparsity=0.02, hold_weight=0.25, hold_bound=2.5)
 """What a served classifier forgets by; chosen on validation rows of CLINC150. A store is asked again and again: without
 the hold, later requests bring earlier ones back."""
+SERVED_PLUS = SERVED.model_copy(update={"prototypes": True, "prototype_forget": 0.1, "prototype_retain": 0.3})
+"""The same for GS-LoRA++, chosen in the same way."""
 BATCH = 16
 """Retained rows of a step, and as many of the request's; chosen with them."""
 
@@ -51,16 +53,23 @@ def plain(exported: ExportedClassifier, base: BaseModel) -> Classifier:
 
 
 def forget_classes(
-    exported: ExportedClassifier, base: BaseModel, request: ClassRequest, *, epochs: int, least_steps: int, seed: int
+    exported: ExportedClassifier,
+    classifier: Classifier,
+    request: ClassRequest,
+    *,
+    config: GsLoraConfig = SERVED,
+    epochs: int,
+    least_steps: int,
+    seed: int,
 ) -> ExportedClassifier:
-    """Return the classifier after GS-LoRA forgot the classes, by `epochs` passes over the replay sample.
+    """Return the exported classifier, `plain` as given, after it forgot the classes.
 
-    A sample that does not fill `least_steps` is gone through more often. Raises DataError for a request that does not
-    fit.
+    It takes `epochs` passes over the replay sample, and more where that does not fill `least_steps`. Raises DataError
+    for a request that does not fit.
     """
     passes = max(epochs, math.ceil(least_steps / math.ceil(len(request.retain) / BATCH)))
     budget = BudgetConfig(epochs=passes, batch=BATCH)
-    proposal = GsLora(SERVED).propose(plain(exported, base), request, budget, seed=seed)
+    proposal = GsLora(config).propose(classifier, request, budget, seed=seed)
     return stacked(exported, proposal.factors, scale=proposal.adapted.scale)
 
 

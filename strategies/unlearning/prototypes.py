@@ -2,11 +2,15 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor
 
+from lora.errors import RunError
 from strategies.unlearning.classifier import Featured
 from tasks.encoders import Rows, labels_of
 
@@ -51,6 +55,19 @@ class Prototypes:
         gone = torch.tensor(sorted(classes), dtype=torch.long)
         kept = (each.index_fill(0, gone, 0) for each in (self.means, self.known, self.spread))
         return Prototypes(*kept)
+
+    def to_bytes(self) -> bytes:
+        """Return them as a safetensors file."""
+        return save({"means": self.means, "known": self.known, "spread": self.spread})
+
+    @classmethod
+    def load(cls, path: Path) -> "Prototypes":
+        """Read a file of `to_bytes`. Raises RunError for a missing or damaged file."""
+        try:
+            found = load_file(path)
+            return cls(found["means"], found["known"], found["spread"])
+        except (OSError, SafetensorError, KeyError) as error:
+            raise RunError(f"{path}: prototypes cannot be read ({error}); restore them from a backup") from error
 
     def divergence(self, features: Tensor, labels: Tensor, *, beyond_spread: bool = False) -> Tensor:
         """Return the mean D of the rows that have a prototype, nats; 0 where none has. Gradients flow.

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from server.forgetting.asking import accept, new_order, wish_classes, wish_client, wish_user
+from server.forgetting.files import Method
 from server.forgetting.sources import store_of_run
 from server.forgetting.store import new_store
 from strategies.unlearning.config import ForgettingConfig
@@ -61,13 +62,14 @@ def test_a_kill_at_any_write_of_o3(template: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.faults
-def test_a_kill_at_any_write_of_gs_lora(make_run: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["gs-lora", "gs-lora++"])
+def test_a_kill_at_any_write_of_gs_lora(make_run: Callable[..., Path], tmp_path: Path, method: Method) -> None:
     place = tmp_path / "template"
     place.mkdir()
     run = make_run()
     shutil.move(run, place / "run")
     store = store_of_run(place / "run", directory=place / "store", config=SHORT)
-    accept(store, wish_classes(store, ["alarm"], method="gs-lora"))
+    accept(store, wish_classes(store, ["alarm"], method=method))
     check(kill_everywhere(place, tmp_path / "scratch", "writes"), least=10)
 
 

@@ -13,6 +13,8 @@ from server.forgetting.asking import Wish, wish_classes, wish_examples
 from server.forgetting.requests import ForgetRequests
 from server.forgetting.steps import Stage
 from server.forgetting.store import Store
+from strategies.unlearning.folding import plain
+from strategies.unlearning.prototypes import Prototypes
 from strategies.unlearning.stream import sampled
 from tests.queries import LABELS, PLACES, queries
 
@@ -149,6 +151,39 @@ def test_gs_lora_folds_a_class_into_the_adapter_and_keeps_one_adapter(of_run: St
     assert [path.name for path in (of_run.directory / "adapters").iterdir()] == [now.adapter]
     assert record["done"]["adapter"] == now.files and record["asked"]["rows_from"] == "run"
     assert record["done"]["trained"]["replay_rows"] == 15 and requests.stage.served.learner.adapted.frame.rank > 2
+
+
+def test_gs_lora_plus_plus_keeps_the_prototypes_of_the_first_model_without_those_of_what_is_forgotten(
+    of_run: Store,
+) -> None:
+    requests, first = ForgetRequests(of_run), plain(of_run.exported(), of_run.base())
+    train = requests.stage.sources.splits.train
+    original = Prototypes.of(first, train, classes=len(LABELS))
+    shares = {}
+    for name, gone in (("alarm", {0}), ("weather", {0, 2})):
+        record = forget(requests, wish_classes(of_run, [name], method="gs-lora++"))
+        assert record["asked"]["method"] == of_run.manifest.held[-1].method == "gs-lora++"
+        file = of_run.directory / "adapters" / str(of_run.manifest.adapter) / "prototypes.safetensors"
+        kept = Prototypes.load(file)
+        assert of_run.manifest.files[file.name] == record["done"]["adapter"][file.name]
+        assert kept.known.tolist() == [place not in gone for place in range(len(LABELS))]
+        assert not kept.means[sorted(gone)].any() and not kept.spread[sorted(gone)].any()
+        # Also after the second request these are the means by the model before the first.
+        torch.testing.assert_close(kept.means[kept.known], original.means[kept.known])
+        shares[name] = record["measured"]["after"]["forgotten"]
+    assert max(shares.values()) < 0.5
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+    with pytest.raises(RunError, match="damaged or replaced"):
+        requests.stage.store.exported()
+
+
+def test_gs_lora_keeps_prototypes_for_a_later_gs_lora_plus_plus(of_run: Store) -> None:
+    requests, first = ForgetRequests(of_run), plain(of_run.exported(), of_run.base())
+    original = Prototypes.of(first, requests.stage.sources.splits.train, classes=len(LABELS))
+    forget(requests, wish_classes(of_run, ["alarm"], method="gs-lora"))
+    forget(requests, wish_classes(of_run, ["weather"], method="gs-lora++"))
+    kept = Prototypes.load(of_run.directory / "adapters" / str(of_run.manifest.adapter) / "prototypes.safetensors")
+    torch.testing.assert_close(kept.means[[1, 3]], original.means[[1, 3]])
 
 
 def test_requests_of_every_kind_and_method_leave_each_other_forgotten(of_run: Store) -> None:

@@ -51,7 +51,8 @@ def test_the_adapter_in_the_weights_answers_as_the_adapter_beside_them(exported:
 
 def test_what_gs_lora_forgot_is_forgotten_by_the_one_adapter(exported: ExportedClassifier) -> None:
     asked = ClassRequest((0,), queries(0), queries(1, 2, 3))
-    made = forget_classes(exported, load_base(TINY, causal=False), asked, epochs=12, least_steps=0, seed=0)
+    model = plain(exported, load_base(TINY, causal=False))
+    made = forget_classes(exported, model, asked, epochs=12, least_steps=0, seed=0)
     after = plain(made, load_base(TINY, causal=False))
     before = plain(exported, load_base(TINY, causal=False))
     right = [(model.logits(queries(0)).argmax(1) == 0).double().mean() for model in (before, after)]
@@ -73,5 +74,6 @@ def test_a_small_sample_is_gone_through_until_it_fills_the_steps(
     monkeypatch.setattr(GsLora, "propose", listen)
     # 72 rows of what stays are 5 steps of 16.
     asked = ClassRequest((0,), queries(0), queries(1, 2, 3))
-    forget_classes(exported, load_base(TINY, causal=False), asked, epochs=epochs, least_steps=least, seed=0)
+    model = plain(exported, load_base(TINY, causal=False))
+    forget_classes(exported, model, asked, epochs=epochs, least_steps=least, seed=0)
     assert [(budget.epochs, budget.batch) for budget in seen] == [(passes, 16)]

@@ -1,6 +1,7 @@
 """Prototypes: class means of the original model against plain formulas, and nothing of any one row."""
 
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from scipy.special import rel_entr, softmax
 
+from lora.errors import RunError
 from strategies.unlearning.prototypes import LEAST, Prototypes
 from tasks.images import Images
 
@@ -100,3 +102,13 @@ def test_gradients_flow_to_features_alone() -> None:
     torch.autograd.backward(made.divergence(features, torch.tensor([0, 2])))
     assert features.grad is not None and bool(features.grad.abs().sum() > 0)
     assert not made.means.requires_grad
+
+
+def test_prototypes_come_back_from_their_file_and_a_damaged_one_is_named(tmp_path: Path) -> None:
+    made = Prototypes.of(Linear(), rows(LABELS), classes=6)
+    (path := tmp_path / "prototypes.safetensors").write_bytes(made.to_bytes())
+    back = Prototypes.load(path)
+    assert all(torch.equal(getattr(back, each.name), getattr(made, each.name)) for each in fields(Prototypes))
+    path.write_bytes(made.to_bytes()[:-9])
+    with pytest.raises(RunError, match=r"prototypes\.safetensors"):
+        Prototypes.load(path)
