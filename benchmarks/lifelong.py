@@ -10,7 +10,7 @@ much time: months of a small log are far too uneven to compare. The arm that is 
 meta-LoRAs and routers from scratch on everything before each period; the reader stays, for that arm as for the others.
 
 - AUC, log loss: likes among `--sample` events of every period; the last columns are of all of them. `minus`:
-  differences of AUC, seed 0, whole users redrawn, 95 %.
+  differences of AUC over all seeds' samples together, whole users redrawn, 95 %.
 - newcomers: users without an event at the start, by events seen before the one asked about.
 - costs: bringing a whole period's users up to date, one user with one new event (median of 30), one fit. In CPU
   seconds; with `--device cuda`, where language model and adapters compute then, by the wall clock.
@@ -116,13 +116,15 @@ def loss_of(found: Sequence[Likes]) -> str:
     return f"{statistics.fmean(each.log_loss for each in found):.4f}"
 
 
-def difference(one: Replayed, arm: str, other: str) -> Interval:
-    """Return the AUC of one arm minus another's over all samples, with its interval."""
-    drawn = one.drawn > 0
-    rows = one.rows[drawn]
-    return paired_bootstrap(
-        one.log.likes[rows], one.logits[arm][drawn], one.logits[other][drawn], users=one.log.users[rows]
+def difference(runs: Sequence[Replayed], arm: str, other: str) -> Interval:
+    """Return the AUC of one arm minus another's over all seeds' samples, with its interval."""
+    log, drawn = runs[0].log, [run.drawn > 0 for run in runs]
+    rows = np.concatenate([run.rows[asked] for run, asked in zip(runs, drawn, strict=True)])
+    one, two = (
+        np.concatenate([run.logits[name][asked] for run, asked in zip(runs, drawn, strict=True)])
+        for name in (arm, other)
     )
+    return paired_bootstrap(log.likes[rows], one, two, users=log.users[rows])
 
 
 def drift_table(runs: Sequence[Replayed], arms: Sequence[str]) -> list[list[str]]:
@@ -289,7 +291,7 @@ def report(
     figures["period_users"] = statistics.fmean(value for run in runs for value in run.updated)
     figures["fit_s"] = statistics.fmean(value for run in runs for value in run.fit_s)
     figures["retrain_over_update_s"] = figures["fit_s"] / figures["one_update_s"]
-    apart = {arm: difference(runs[0], EVENT, arm) for arm in arms if arm != EVENT}
+    apart = {arm: difference(runs, EVENT, arm) for arm in arms if arm != EVENT}
     for arm, interval in apart.items():
         key = f"updated_minus_{arm.replace(' ', '_')}"
         figures |= {f"{key}_auc": interval.value, f"{key}_low": interval.low, f"{key}_high": interval.high}

@@ -86,12 +86,20 @@ class RunFile(RunKind):
     simulation: SimulationConfig = SimulationConfig()
 
 
+class OwnRatingsConfig(RatingsConfig):
+    """`ratings:`, where interactions come from, what counts as liking, and who is left out."""
+
+    forgotten: str | None = None
+    """A forgetting store, a directory of users with one, or a service's folder or database: whoever was asked to be
+    forgotten there is left out of all that is fitted, shown and served. null: nobody."""
+
+
 class PersonalRun(RunKind):
     """A personalisation: whose likes, which language model, how adapters are mixed, and what they are compared with."""
 
     kind: Literal["personal"] = "personal"
     """What the file is for; a federation has no such key."""
-    ratings: RatingsConfig = RatingsConfig()
+    ratings: OwnRatingsConfig = OwnRatingsConfig()
     model: ReadingModelConfig = ReadingModelConfig()
     adapter: AdapterConfig = AdapterConfig()
     personal: PersonalConfig = PersonalConfig()

@@ -10,6 +10,7 @@ from typing import Any
 from lethe.config import PersonalRun
 from lethe.directory import METRICS, REPORT, SUMMARY, check_free, new_directory
 from lethe.progress import Progress
+from lethe.ratings import load_ratings
 from lethe.report import write_report
 from lethe.served_run import BASE, keep_recommenders
 from strategies.personal.comparison import (
@@ -29,7 +30,6 @@ from strategies.personal.personalized import Personalized
 from strategies.personal.portrait import Sitter, export_user, portrait, sitter
 from strategies.personal.variants import variant
 from strategies.personal.world import BaseOf, World, base_of
-from tasks.recommendation.files import load_interactions
 from tasks.recommendation.interactions import Interactions
 from tasks.recommendation.reader import save_reader
 from tasks.recommendation.splits import SPLITS, Split
@@ -49,6 +49,8 @@ class Prepared:
     who: Sitter
     base: BaseOf
     asked: Asked
+    left_out: int
+    """Users who were asked to be forgotten."""
     personal: PersonalConfig
     """As in the run file, but adapters get at most half of the training rows: the rest is for what they stand on."""
 
@@ -57,13 +59,15 @@ class Prepared:
         """Load data and language model, and find the user to show and the arms."""
         for name in run.comparison.arms:
             variant(name).personal(run.personal)
-        log = load_interactions(run.ratings, seed=run.seed)
+        log, left_out = load_ratings(run)
         split = SPLITS[run.comparison.split](log)
         check_split(log, split)
         who = sitter(log, split, run.comparison.show_user)
         asked = Asked.of(log, split, run.comparison, seed=run.seed)
         sample = min(run.personal.sample, len(split.train) // 2)
-        return cls(log, split, who, base_of(run.model), asked, run.personal.model_copy(update={"sample": sample}))
+        return cls(
+            log, split, who, base_of(run.model), asked, left_out, run.personal.model_copy(update={"sample": sample})
+        )
 
 
 def personalize(
@@ -157,6 +161,7 @@ class _Playing:
             "model": self.model or run.model.path or run.model.name,
             "split": split.name,
             "users": len(log.user_names),
+            "left_out": self.prepared.left_out,
             "items": len(log.catalogue),
             "interactions": len(log),
             "train_rows": len(split.train),
@@ -204,8 +209,9 @@ class _Playing:
         import torch
 
         personal, chosen = self.prepared.personal, self.run.comparison
+        gone = f" ({about['left_out']:,} more were forgotten, and are left out)" if about["left_out"] else ""
         return [
-            f"{about['users']:,} users, {about['items']:,} items, {about['interactions']:,} ratings; split "
+            f"{about['users']:,} users{gone}, {about['items']:,} items, {about['interactions']:,} ratings; split "
             f"{about['split']}: {about['train_rows']:,} rows to learn from, {about['test_rows']:,} to be asked about",
             f"model {about['model']}, {personal.meta_loras} meta-LoRAs of rank {self.run.adapter.rank}, "
             f"{personal.mixing} mixing, {personal.frame} frame, routed by {personal.routing} vectors of "

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lethe.config import PersonalRun, load_personal_run
+from lethe.ratings import load_ratings
 from lora.errors import ModelError, RunError
 from strategies.personal.asking import Asking
 from strategies.personal.config import Told
@@ -16,7 +17,6 @@ from strategies.personal.representation import Recommended
 from strategies.personal.retriever import SemanticRetriever
 from strategies.personal.world import World, base_of
 from tasks.models import BaseModel, load_base
-from tasks.recommendation.files import load_interactions
 from tasks.recommendation.interactions import Interactions
 from tasks.recommendation.splits import SPLITS
 
@@ -55,7 +55,7 @@ def open_run(directory: Path) -> ServedRun:
     """Read a finished personal run. Raises RunError for one that cannot be served, DataError for lost ratings."""
     _check(directory)
     run = load_personal_run(directory / "config.yaml")
-    log = load_interactions(run.ratings, seed=run.seed)
+    log, _ = load_ratings(run)
     base = _base(directory, run, log)
     scorer = load_recommender(directory / RECOMMENDERS / SCORER)
     folders = sorted((directory / RECOMMENDERS).glob(f"{ROUTER}*"), key=lambda path: int(path.name[len(ROUTER) :]))

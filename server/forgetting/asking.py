@@ -21,7 +21,7 @@ from server.forgetting.files import (
 )
 from server.forgetting.sources import Sources
 from server.forgetting.store import REQUEST, REQUESTS, STATE, WORK, Store
-from server.forgetting.users import users_of
+from server.forgetting.users import subject_of, users_of
 from strategies.personal.erasure import StoredUsers
 from strategies.unlearning.forgotten import Forgotten, GatedSlot, check_rows
 from strategies.unlearning.remote import ForgetAnswer, ForgetOrder
@@ -75,11 +75,6 @@ def wish_user(store: Store, name: str, *, users: StoredUsers | None = None) -> W
 
 def _forgotten_user(store: Store, name: str) -> bool:
     return any(each.subject == subject_of(store, "user", name) for each in store.requests())
-
-
-def subject_of(store: Store, kind: str, name: str) -> str:
-    """Return the keyed digest by which a record names somebody: only who has name and salt can tell whose it is."""
-    return store.keyed(kind, name)
 
 
 def wish_classes(store: Store, classes: Sequence[str], *, rows: Examples | None = None, method: Method = "o3") -> Wish:

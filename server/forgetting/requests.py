@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lora.errors import RunError
 from server.forgetting import signing
-from server.forgetting.asking import Accepted, Wish, accept, subject_of, sweep
+from server.forgetting.asking import Accepted, Wish, accept, sweep
 from server.forgetting.evidence import forgotten_again, measured
 from server.forgetting.files import RequestFile
 from server.forgetting.sources import of_classes
 from server.forgetting.steps import Stage, steps_of
 from server.forgetting.store import AFTER, BEFORE, TRAINED, Say, Store
+from server.forgetting.users import subject_of
 from strategies.personal.erasure import StoredUsers
 from tasks.examples import Examples
 

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from sqlalchemy import select
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
 
 from lora.errors import Denied, LetheError, Unknown
-from server.service.registry import Registry
+from server.service.registry import Registry, engine_of, unavailable
 from server.service.tables import ForgetRow
 
 State = Literal["accepted", "done", "failed"]
@@ -164,6 +166,22 @@ def _added(before: Evidence, found: Evidence) -> Evidence:
 def subject_of(user: str) -> str:
     """Return the digest by which a request is found again by who knows the name."""
     return hashlib.sha256(user.encode()).hexdigest()
+
+
+def named_in(url: str) -> Callable[[str], bool]:
+    """Return whether a user of a name was asked to be forgotten in a registry, also where that is not done yet.
+
+    Nothing is written. Raises ConfigError for a URL of another kind, Unavailable where no registry answers.
+    """
+    engine = engine_of(url)
+    try:
+        with Session(engine) as session:
+            subjects = set(session.scalars(select(ForgetRow.subject)))
+    except DBAPIError as error:
+        raise unavailable(error) from error
+    finally:
+        engine.dispose()
+    return lambda name: subject_of(name) in subjects
 
 
 def _told(row: ForgetRow) -> ForgetRequest:

@@ -22,6 +22,8 @@ from server.service.tables import AdapterRow, ChangeRow
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 CHANNEL = "lethe_changes"
+FILE = "registry.sqlite"
+"""The database, where it is SQLite."""
 IDENTITY = "registry.id"
 """The file by which a folder and its registry know each other."""
 _ADVISORY = 5_438_411
@@ -45,8 +47,8 @@ class Registry:
         """Open or make the registry; `url` None is a SQLite file in `folder`."""
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self.url = url or f"sqlite:///{folder / 'registry.sqlite'}"
-        self.engine = _engine(self.url)
+        self.url = url or f"sqlite:///{folder / FILE}"
+        self.engine = engine_of(self.url)
         self._migrate()
 
     @property
@@ -68,7 +70,7 @@ class Registry:
                 "the request has a name that the registry cannot hold; leave out what is no text"
             ) from error
         except DBAPIError as error:
-            raise _unavailable(error) from error
+            raise unavailable(error) from error
 
     def changed(self, session: Session) -> int:
         """Count a change and tell the other processes of it once it is committed; returns the count.
@@ -108,7 +110,7 @@ class Registry:
                 for statement in statements:
                     connection.execute(text(statement))
         except DBAPIError as error:
-            raise _unavailable(error) from error
+            raise unavailable(error) from error
 
     def close(self) -> None:
         """Let go of all connections."""
@@ -127,7 +129,7 @@ class Registry:
                 command.upgrade(config, "head")
                 self._agree(connection)
         except DBAPIError as error:
-            raise _unavailable(error) from error
+            raise unavailable(error) from error
         except SQLAlchemyError as error:
             raise RunError(f"the registry cannot be migrated ({error}); restore it, or name another") from error
 
@@ -176,7 +178,8 @@ def _check_version(connection: Connection) -> None:
         raise RunError(f"the registry is of version {found}, newer than this Lethe knows; install a newer Lethe")
 
 
-def _engine(url: str) -> Engine:
+def engine_of(url: str) -> Engine:
+    """Return what reaches a registry's database. Raises ConfigError for a URL of another kind."""
     try:
         kind = make_url(url).get_backend_name()
         if kind not in ("sqlite", "postgresql"):
@@ -198,7 +201,8 @@ def _durable(connection: Any, _: object) -> None:
         connection.execute(f"PRAGMA {pragma}")
 
 
-def _unavailable(error: DBAPIError) -> Unavailable:
+def unavailable(error: DBAPIError) -> Unavailable:
+    """Say that a database does not answer, without its own words."""
     return Unavailable(
         f"the registry's database does not answer ({type(error.orig).__name__}); ask again once it is back"
     )

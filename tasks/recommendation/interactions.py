@@ -5,7 +5,7 @@ history is two numbers: no list of its own that could hold the target or the fut
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -196,6 +196,20 @@ class Interactions:
             ratings=self.ratings[rows],
             times=self.times[rows],
         )
+
+    def among(self, users: Callable[[str], bool]) -> "Interactions":
+        """Return the interactions of some users, told by name, who are numbered anew; the catalogue stays.
+
+        Raises DataError where nothing is left.
+        """
+        kept = np.array([users(name) for name in self.user_names], dtype=bool)
+        rows = np.flatnonzero(kept[self.users])
+        if not len(rows):
+            raise DataError(f"none of the {len(self.user_names)} users is left; leave out fewer")
+        names = tuple(name for name, one in zip(self.user_names, kept, strict=True) if one)
+        place = np.cumsum(kept) - 1
+        whole = self.taken(rows)
+        return replace(whole, users=place[whole.users], user_names=names)
 
     def grown(
         self, users: Ints, items: Ints, ratings: Floats, times: Ints, *, names: Sequence[str] = ()

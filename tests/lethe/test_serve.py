@@ -103,6 +103,30 @@ def test_a_service_of_a_run_knows_its_users_and_keeps_what_comes(played: Played,
     again.close()
 
 
+def test_a_run_that_was_made_anew_without_who_was_forgotten_serves_the_same_users(tmp_path: Path) -> None:
+    first, place = play(tmp_path / "first"), Place(data=tmp_path / "service")
+    service = open_service(first.run, place, say=print)
+    assert service.users is not None
+    gone, *rest = service.users.names()
+    key = operator_key(service.keys, tmp_path / "service")
+    service.forget(service.keys.caller(key), gone)
+    mixed = service.users.gate(rest[0])
+    service.close()
+    anew = play(tmp_path / "anew", f"ratings.forgotten={tmp_path / 'service'}")
+    opened = open_run(anew.run)
+    assert opened.log.user_names == tuple(name for name in first_names(first) if name != gone)
+    again = open_service(anew.run, place, say=print)
+    assert again.users is not None and again.users.names() == rest
+    # Everybody is routed by what was learned anew.
+    assert not np.array_equal(again.users.gate(rest[0]), mixed)
+    assert again.recommend(OPERATOR, RecommendAsked(rest[0])).result(60).provenance.personalized
+    again.close()
+
+
+def first_names(played: Played) -> tuple[str, ...]:
+    return open_run(played.run).log.user_names
+
+
 def test_what_cannot_be_served_says_why(played: Played, tmp_path: Path) -> None:
     copy = shutil.copytree(played.run, tmp_path / "copy")
     shutil.rmtree(copy / "recommenders")

@@ -86,6 +86,23 @@ def test_a_log_that_grows_equals_one_that_was_whole(events: list[Event], more: l
         assert getattr(grown, name).tolist() == getattr(whole, name).tolist()
 
 
+@given(EVENTS, st.sets(st.sampled_from("wxyz")))
+def test_some_users_alone_are_what_they_would_be_without_the_others(events: list[Event], kept: set[str]) -> None:
+    log, left = arranged(events), [event for event in events if "wxyz"[event[0]] in kept]
+    if not left:
+        with pytest.raises(DataError, match="none of the 4 users is left"):
+            log.among(kept.__contains__)
+        return
+    names = sorted(kept)
+    users, items, ratings, times = (np.array(column) for column in zip(*left, strict=True))
+    place = np.array([names.index("wxyz"[user]) for user in users])
+    alone = Interactions.arranged(place, items, ratings.astype(float), times, tuple(names), ITEMS)
+    some = log.among(kept.__contains__)
+    assert some.user_names == alone.user_names and some.catalogue == alone.catalogue
+    for name in ("users", "items", "ratings", "times"):
+        assert np.array_equal(getattr(some, name), getattr(alone, name))
+
+
 @given(EVENTS, st.integers(1, 4))
 def test_the_core_is_the_largest_part_with_enough_events_each(events: list[Event], least: int) -> None:
     log = arranged(events)
