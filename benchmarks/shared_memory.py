@@ -9,10 +9,12 @@ models, and rows of a user, takes the user for one of the half whose model has t
 over up to `--asked` training rows a user. That is more than an attacker has who sees what is served, and must train the
 other model without knowing whom the first one learned from.
 
-- users: AUC over users, with 95 % of users redrawn; rows: AUC over single rows. 0.5 tells nothing, 1 everything.
+- users: AUC over users, with 95 % of users redrawn (of one halving and one pair of models); rows: AUC over single rows.
+  0.5 tells nothing, 1 everything.
 - nats: how much smaller a user's loss is by the model that learned from the user.
-- adapters: meta-LoRAs, routers and head on either half's rows of the sample, over one recommender and one reader that
-  learned from everybody's other rows; asked about rows of the sample.
+- adapters: meta-LoRAs, routers and head on either half's rows of the sample, over one reader and one recommender that
+  routes, which learned from everybody's other rows, and beside MF's scores by models that did not learn from the row;
+  asked about rows of the sample, as they are trained.
 
 Without `--data` the built-in world.
 """
@@ -33,6 +35,7 @@ from lora.errors import LetheError
 from strategies.personal.asking import Asking
 from strategies.personal.config import ComparisonConfig, PersonalConfig
 from strategies.personal.fitting import few
+from strategies.personal.personalized import Personalized
 from strategies.personal.world import RECOMMENDERS, World, base_of
 from strategies.unlearning.attacks import membership_auc
 from tasks.recommendation.config import RatingsConfig, ReadingModelConfig
@@ -107,8 +110,14 @@ class Sharing:
                 None, config, AdapterConfig(rank=4, alpha=8.0, targets="all")
             )
             print(f"adapters, seed {self.seed}: log loss by epoch {arm.curve}", flush=True)
-            found.append(losses(self.log, rows, arm.logits(self.log, self.log.queries(rows))))
+            found.append(losses(self.log, rows, self._asked(arm, rows, world.training_scores)))
         return rows, found
+
+    def _asked(self, arm: Personalized, rows: Ints, scores: Floats) -> Floats:
+        """Ask an arm as it was trained: beside scores by models that did not learn from the row."""
+        queries = self.log.queries(rows)
+        vectors = arm.representation(self.log, queries)
+        return arm.answered(arm.asking(self.log, queries, scores=scores[rows]), lambda found: arm.mixed(vectors[found]))
 
     def attacked(self, part: str) -> tuple[list[str], dict[str, float]]:
         """Return a line of the table and figures of one part."""
@@ -157,9 +166,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         log = load_interactions(RatingsConfig(path=chosen.data))
         own = dict(entry.split("=", 1) for entry in chosen.set)
-        chosen.config = PersonalConfig(**{"sample": chosen.sample, **own})
         split = SPLITS[chosen.split](log)
         chosen.sample = min(chosen.sample, len(split.train) // 2)
+        chosen.config = PersonalConfig(**{**own, "sample": chosen.sample})
         for seed in range(chosen.first_seed, chosen.first_seed + chosen.seeds):
             sharing = Sharing(log, split, chosen, seed=seed)
             for part in chosen.parts:
@@ -172,7 +181,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(f"error: {error}") from None
     about = {key: value for key, value in vars(chosen).items() if key not in ("data", "config")}
     about |= {"data": "built-in" if chosen.data is None else "given", "personal": chosen.config.model_dump()}
-    means = {name: statistics.fmean(values) for name, values in figures.items()}
+    # Ends of intervals have no mean over seeds.
+    means = {name: statistics.fmean(values) for name, values in figures.items()
+             if len(values) == 1 or not name.endswith(("_low", "_high"))}  # fmt: skip
     publish("shared_memory", figures=means, rows=lines, about=settings(**about))
 
 

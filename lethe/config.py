@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from client.config import TrainingConfig
 from lethe.faults import Layout, section_faults, unknown_key
@@ -89,9 +89,14 @@ class RunFile(RunKind):
 class OwnRatingsConfig(RatingsConfig):
     """`ratings:`, where interactions come from, what counts as liking, and who is left out."""
 
-    forgotten: str | None = None
-    """A forgetting store, a directory of users with one, or a service's folder or database: whoever was asked to be
-    forgotten there is left out of all that is fitted, shown and served. null: nobody."""
+    forgotten: tuple[str, ...] = ()
+    """Forgetting stores, directories of users, or folders of services: whoever was asked to be forgotten there is left
+    out of all that is fitted and shown, and of the users that a service starts with. Empty: nobody."""
+
+    @field_validator("forgotten", mode="before")
+    @classmethod
+    def _one_or_more(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
 
 
 class PersonalRun(RunKind):

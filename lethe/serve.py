@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora.errors import ConfigError, LetheError
 from server.service.engine import Limits
@@ -16,7 +16,9 @@ from server.service.registry import Registry
 from server.service.service import WARM, Service, Writer
 from server.service.warm import Warm
 from strategies.personal.lifelong import LifelongUsers
-from tasks.recommendation.interactions import Interactions
+
+if TYPE_CHECKING:
+    from lethe.served_run import ServedRun
 
 SERVICE, KEY_FILE, STARTED = "service", "operator.key", "started"
 TRY = {"texts": ["wake me up at noon"], "fallback": "cold"}
@@ -157,7 +159,7 @@ def _personal(run: Path, place: Place, part: Part) -> Service:
     opened = open_run(run)
     users = LifelongUsers(opened.personal, opened.log, directory=folder / part.folder)
     try:
-        _start(users, opened.log, part)
+        _start(users, opened, part)
         base = opened.personal.base
         writer = Writer(base, opened.personal.adapted) if base.causal else None
         return Service(Registry(place.registry, folder), users=users, writer=writer, part=part, **place.load)
@@ -166,11 +168,14 @@ def _personal(run: Path, place: Place, part: Part) -> Service:
         raise
 
 
-def _start(users: LifelongUsers, log: Interactions, part: Part) -> None:
+def _start(users: LifelongUsers, opened: "ServedRun", part: Part) -> None:
     """Take the run's own users, once: who was forgotten since does not come back, even if nobody is left."""
     if users.histories.noted(STARTED) is None:
         if not len(users):
-            users.start(log, among=part.has)
+            from lethe.ratings import asked_to_forget
+
+            gone = asked_to_forget(opened.left_out)
+            users.start(opened.log, among=lambda name: part.has(name) and not gone(name))
         users.histories.note(STARTED, "yes")
 
 

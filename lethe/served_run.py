@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from lethe.config import PersonalRun, load_personal_run
-from lethe.ratings import load_ratings
 from lora.errors import ModelError, RunError
 from strategies.personal.asking import Asking
 from strategies.personal.config import Told
@@ -17,6 +16,7 @@ from strategies.personal.representation import Recommended
 from strategies.personal.retriever import SemanticRetriever
 from strategies.personal.world import World, base_of
 from tasks.models import BaseModel, load_base
+from tasks.recommendation.files import load_interactions
 from tasks.recommendation.interactions import Interactions
 from tasks.recommendation.splits import SPLITS
 
@@ -30,6 +30,9 @@ class ServedRun:
 
     personal: Personalized
     log: Interactions
+    """Everybody's, whoever was left out: the catalogue is what a service needs of it."""
+    left_out: tuple[str, ...]
+    """Where users were forgotten (`ratings.forgotten`)."""
 
 
 def keep_recommenders(world: World, directory: Path, *, told: Told = "latest") -> None:
@@ -55,7 +58,7 @@ def open_run(directory: Path) -> ServedRun:
     """Read a finished personal run. Raises RunError for one that cannot be served, DataError for lost ratings."""
     _check(directory)
     run = load_personal_run(directory / "config.yaml")
-    log, _ = load_ratings(run)
+    log = load_interactions(run.ratings, seed=run.seed)
     base = _base(directory, run, log)
     scorer = load_recommender(directory / RECOMMENDERS / SCORER)
     folders = sorted((directory / RECOMMENDERS).glob(f"{ROUTER}*"), key=lambda path: int(path.name[len(ROUTER) :]))
@@ -67,7 +70,8 @@ def open_run(directory: Path) -> ServedRun:
         chosen=None if retriever is None else partial(retriever.similar, count=own.history),
     )  # fmt: skip
     representation = Recommended(routers, own.routing)
-    return ServedRun(load_personalized(directory / META, base, asking=asking, representation=representation), log)
+    personal = load_personalized(directory / META, base, asking=asking, representation=representation)
+    return ServedRun(personal, log, run.ratings.forgotten)
 
 
 def _check(directory: Path) -> None:

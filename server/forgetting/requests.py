@@ -193,8 +193,8 @@ class _Check:
         if held.slot is None:
             files, now = done["adapter"], self.store.manifest
             later = files != now.files
-            said = "the adapter is that of the record" if not later else "later requests were folded into the adapter"
-            return self.say(True, said)
+            more = "later requests were folded into the adapter, or took prototypes from beside it"
+            return self.say(True, more if later else "the adapter is that of the record")
         same = (held.slot, held.detector) == (done["slot"]["sha256"], done["detector"]["sha256"])
         return self.say(same, "slot and detector are those of the record" if same else "slot or detector were replaced")
 

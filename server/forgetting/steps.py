@@ -3,10 +3,11 @@
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from lora.errors import RunError
@@ -190,6 +191,7 @@ def _fit_detector(stage: Stage, request: RequestFile) -> None:
 def _accept_slot(stage: Stage, request: RequestFile) -> None:
     if stage.store.manifest.of(request.id) is None:
         _hold(stage, request, request.classes if request.kind == "class" else ())
+    _sweep(stage.store)
     stage.store.reservation(request.id).unlink(missing_ok=True)
 
 
@@ -207,6 +209,7 @@ def _accept_answer(stage: Stage, request: RequestFile) -> None:
         told = {"block": gated.block, "a": answer.a, "statistics_noise": answer.noise, "privacy": _claimed(answer)}
         write_json(store.place(request.id) / TRAINED, told)
         _hold(stage, request, answer.classes)
+    _sweep(store)
     store.reservation(answer.request).unlink(missing_ok=True)
 
 
@@ -233,7 +236,46 @@ def _hold(stage: Stage, request: RequestFile, classes: tuple[str, ...]) -> None:
         slot=sha256(store.slot(request.id)),
         detector=sha256(store.detector(request.id)),
     )
-    write_section(store.directory / MANIFEST, manifest.model_copy(update={"held": (*manifest.held, held)}))
+    files = _without_prototypes(stage, request, classes or request.classes)
+    update = {"held": (*manifest.held, held), "files": files}
+    write_section(store.directory / MANIFEST, manifest.model_copy(update=update))
+
+
+def _without_prototypes(stage: Stage, request: RequestFile, classes: Sequence[str]) -> Mapping[str, str]:
+    """Write the prototypes anew without those of some classes, also where single rows of them are to be forgotten.
+
+    Returns the adapter's files as the manifest will name them.
+    """
+    store, files = stage.store, stage.store.manifest.files
+    known = _kept_prototypes(store)
+    if known is None or not classes:
+        return files
+    place = store.directory / ADAPTERS / str(store.manifest.adapter)
+    return {
+        **_others(files),
+        **_write_prototypes(place, request, known.without({stage.labels[each] for each in classes})),
+    }
+
+
+def _others(files: Mapping[str, str]) -> dict[str, str]:
+    return {name: digest for name, digest in files.items() if not name.startswith(PROTOTYPES)}
+
+
+def _write_prototypes(place: Path, request: RequestFile, prototypes: Prototypes) -> dict[str, str]:
+    path = place / f"{PROTOTYPES}-{request.id}.safetensors"
+    write_bytes(path, prototypes.to_bytes())
+    return {path.name: sha256(path)}
+
+
+def _sweep(store: Store) -> None:
+    """Remove adapters, and prototypes, that the manifest names no longer."""
+    manifest = store.manifest
+    for old in (store.directory / ADAPTERS).iterdir():
+        if old.name != manifest.adapter:
+            shutil.rmtree(old)
+    for path in (store.directory / ADAPTERS / str(manifest.adapter)).glob(f"{PROTOTYPES}*"):
+        if path.name not in manifest.files:
+            path.unlink()
 
 
 def _train_adapter(stage: Stage, request: RequestFile) -> None:
@@ -255,9 +297,7 @@ def _train_adapter(stage: Stage, request: RequestFile) -> None:
         told = {"rank": made.rank, "replay_rows": len(asked.retain), "cpu_s": round(time.process_time() - began, 3)}
         write_json(store.place(request.id) / TRAINED, told)
         _fold(stage, request, made, asked)
-    for old in (store.directory / ADAPTERS).iterdir():
-        if old.name != store.manifest.adapter:
-            shutil.rmtree(old)
+    _sweep(store)
 
 
 def _fold(stage: Stage, request: RequestFile, made: ExportedClassifier, asked: ClassRequest) -> None:
@@ -267,7 +307,7 @@ def _fold(stage: Stage, request: RequestFile, made: ExportedClassifier, asked: C
     learner, values = made.over(store.base())
     export(learner, values, place, labels=made.labels)
     if asked.prototypes is not None:
-        write_bytes(place / PROTOTYPES, asked.prototypes.without(asked.gone).to_bytes())
+        _write_prototypes(place, request, asked.prototypes.without(asked.gone))
     held = Held(request=request.id, method=request.method, classes=request.classes)
     update = {"adapter": request.id, "files": adapter_digests(place), "held": (*manifest.held, held)}
     write_section(store.directory / MANIFEST, manifest.model_copy(update=update))
@@ -291,10 +331,10 @@ def _class_request(stage: Stage, request: RequestFile, classifier: Classifier) -
 def _kept_prototypes(store: Store) -> Prototypes | None:
     """Return the class means of the model before the first request by GS-LoRA(++); None where this is the first."""
     manifest = store.manifest
-    if PROTOTYPES not in manifest.files:
-        return None
-    path = store.directory / ADAPTERS / str(manifest.adapter) / PROTOTYPES
-    return Prototypes.load(check_digest(path, manifest.files[PROTOTYPES]))
+    for name, digest in manifest.files.items():
+        if name.startswith(PROTOTYPES):
+            return Prototypes.load(check_digest(store.directory / ADAPTERS / str(manifest.adapter) / name, digest))
+    return None
 
 
 # --- A user's request ------------------------------------------------------------------------------------------------

@@ -54,8 +54,9 @@ WORK, REQUEST, STATE, BEFORE, TRAINED, AFTER = (
     "trained.json",
     "after.json",
 )
-PROTOTYPES = "prototypes.safetensors"
-"""Beside the adapter of a request by GS-LoRA(++): class means of the model before the first such request."""
+PROTOTYPES = "prototypes"
+"""How the file begins that lies beside the adapter of a request by GS-LoRA(++): class means of the model before the
+first such request. Its name ends with the request that it was written for."""
 _FIRST = "first"
 _POLL = 0.2
 

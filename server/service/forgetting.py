@@ -7,14 +7,16 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol
+from urllib.parse import quote
 
-from sqlalchemy import select
+from sqlalchemy import create_engine, select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
-from lora.errors import Denied, LetheError, Unknown
-from server.service.registry import Registry, engine_of, unavailable
+from lora.errors import Denied, LetheError, RunError, Unknown
+from server.service.registry import Registry
 from server.service.tables import ForgetRow
 
 State = Literal["accepted", "done", "failed"]
@@ -168,17 +170,17 @@ def subject_of(user: str) -> str:
     return hashlib.sha256(user.encode()).hexdigest()
 
 
-def named_in(url: str) -> Callable[[str], bool]:
-    """Return whether a user of a name was asked to be forgotten in a registry, also where that is not done yet.
+def named_in(file: Path) -> Callable[[str], bool]:
+    """Return whether a user of a name was asked to be forgotten in a registry's SQLite file, also if that is not done.
 
-    Nothing is written. Raises ConfigError for a URL of another kind, Unavailable where no registry answers.
+    Nothing is written to it. Raises RunError for a file that is no registry.
     """
-    engine = engine_of(url)
+    engine = create_engine(f"sqlite:///file:{quote(str(file.resolve()))}?mode=ro&uri=true")
     try:
         with Session(engine) as session:
             subjects = set(session.scalars(select(ForgetRow.subject)))
     except DBAPIError as error:
-        raise unavailable(error) from error
+        raise RunError(f"{file}: no registry of a service that can be read ({type(error.orig).__name__})") from error
     finally:
         engine.dispose()
     return lambda name: subject_of(name) in subjects

@@ -48,7 +48,7 @@ class Registry:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.url = url or f"sqlite:///{folder / FILE}"
-        self.engine = engine_of(self.url)
+        self.engine = _engine(self.url)
         self._migrate()
 
     @property
@@ -70,7 +70,7 @@ class Registry:
                 "the request has a name that the registry cannot hold; leave out what is no text"
             ) from error
         except DBAPIError as error:
-            raise unavailable(error) from error
+            raise _unavailable(error) from error
 
     def changed(self, session: Session) -> int:
         """Count a change and tell the other processes of it once it is committed; returns the count.
@@ -110,7 +110,7 @@ class Registry:
                 for statement in statements:
                     connection.execute(text(statement))
         except DBAPIError as error:
-            raise unavailable(error) from error
+            raise _unavailable(error) from error
 
     def close(self) -> None:
         """Let go of all connections."""
@@ -129,7 +129,7 @@ class Registry:
                 command.upgrade(config, "head")
                 self._agree(connection)
         except DBAPIError as error:
-            raise unavailable(error) from error
+            raise _unavailable(error) from error
         except SQLAlchemyError as error:
             raise RunError(f"the registry cannot be migrated ({error}); restore it, or name another") from error
 
@@ -178,8 +178,7 @@ def _check_version(connection: Connection) -> None:
         raise RunError(f"the registry is of version {found}, newer than this Lethe knows; install a newer Lethe")
 
 
-def engine_of(url: str) -> Engine:
-    """Return what reaches a registry's database. Raises ConfigError for a URL of another kind."""
+def _engine(url: str) -> Engine:
     try:
         kind = make_url(url).get_backend_name()
         if kind not in ("sqlite", "postgresql"):
@@ -201,8 +200,7 @@ def _durable(connection: Any, _: object) -> None:
         connection.execute(f"PRAGMA {pragma}")
 
 
-def unavailable(error: DBAPIError) -> Unavailable:
-    """Say that a database does not answer, without its own words."""
+def _unavailable(error: DBAPIError) -> Unavailable:
     return Unavailable(
         f"the registry's database does not answer ({type(error.orig).__name__}); ask again once it is back"
     )

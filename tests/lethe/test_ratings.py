@@ -30,7 +30,7 @@ def users(tmp_path: Path) -> Path:
 
 
 def leaving_out(place: Path) -> PersonalRun:
-    return PersonalRun(ratings=OwnRatingsConfig(forgotten=str(place)))
+    return PersonalRun(ratings=OwnRatingsConfig.model_validate({"forgotten": str(place)}))
 
 
 def test_nobody_is_left_out_unless_a_store_is_named() -> None:
@@ -50,15 +50,24 @@ def test_who_was_asked_to_be_forgotten_has_no_row_and_the_rest_is_the_same(users
     assert log.catalogue == whole.catalogue and (log.like_from, log.scale) == (whole.like_from, whole.scale)
 
 
-def test_the_store_of_a_directory_is_found_and_a_service_beside_it_is_asked_too(users: Path) -> None:
-    registry = Registry(None, users)
-    deletions = Deletions(registry, [lambda user: {"events": 1}], knows=lambda user: True)
-    deletions.ask("user-007", asked_by=None)
-    for place, gone in ((users, {1, 3, 7}), (users / "forgetting", {1, 3})):
-        asked = asked_to_forget(str(place))
+def test_a_services_folder_tells_of_its_own_requests_and_of_the_stores_of_its_users(users: Path) -> None:
+    # As `lethe serve` has it: the registry in the folder, the users and their store below.
+    folder = users.parent
+    registry = Registry(None, folder)
+    Deletions(registry, [lambda user: {"events": 1}], knows=lambda user: True).ask("user-007", asked_by=None)
+    for place, gone in ((folder, {1, 3, 7}), (users, {1, 3, 7}), (users / "forgetting", {1, 3})):
+        asked = asked_to_forget([str(place)])
         assert {number for number in range(20) if asked(f"user-{number:03}")} == gone
-    by_url = asked_to_forget(registry.url)
-    assert by_url("user-007") and not by_url("user-001")
+    both = asked_to_forget([str(users / "forgetting"), str(folder)])
+    assert both("user-001") and both("user-007") and not both("user-002")
+
+
+def test_a_file_that_is_no_registry_is_named_and_stays_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "registry.sqlite").write_bytes(b"")
+    with pytest.raises(RunError, match=r"registry\.sqlite: no registry of a service"):
+        asked_to_forget([str(tmp_path)])
+    assert [path.name for path in tmp_path.iterdir()] == ["registry.sqlite"]
+    assert (tmp_path / "registry.sqlite").read_bytes() == b""
 
 
 def test_a_place_where_nobody_can_be_forgotten_is_named(tmp_path: Path) -> None:
@@ -68,7 +77,7 @@ def test_a_place_where_nobody_can_be_forgotten_is_named(tmp_path: Path) -> None:
 
 
 def test_a_run_in_which_nobody_is_left_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lethe.ratings.asked_to_forget", lambda place: lambda name: True)
+    monkeypatch.setattr("lethe.ratings.asked_to_forget", lambda places: lambda name: True)
     with pytest.raises(DataError, match="none of the 120 users is left"):
         load_ratings(leaving_out(Path("everybody")))
 

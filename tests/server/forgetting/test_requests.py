@@ -163,7 +163,7 @@ def test_gs_lora_plus_plus_keeps_the_prototypes_of_the_first_model_without_those
     for name, gone in (("alarm", {0}), ("weather", {0, 2})):
         record = forget(requests, wish_classes(of_run, [name], method="gs-lora++"))
         assert record["asked"]["method"] == of_run.manifest.held[-1].method == "gs-lora++"
-        file = of_run.directory / "adapters" / str(of_run.manifest.adapter) / "prototypes.safetensors"
+        (file,) = prototypes_of(of_run)
         kept = Prototypes.load(file)
         assert of_run.manifest.files[file.name] == record["done"]["adapter"][file.name]
         assert kept.known.tolist() == [place not in gone for place in range(len(LABELS))]
@@ -182,8 +182,28 @@ def test_gs_lora_keeps_prototypes_for_a_later_gs_lora_plus_plus(of_run: Store) -
     original = Prototypes.of(first, requests.stage.sources.splits.train, classes=len(LABELS))
     forget(requests, wish_classes(of_run, ["alarm"], method="gs-lora"))
     forget(requests, wish_classes(of_run, ["weather"], method="gs-lora++"))
-    kept = Prototypes.load(of_run.directory / "adapters" / str(of_run.manifest.adapter) / "prototypes.safetensors")
-    torch.testing.assert_close(kept.means[[1, 3]], original.means[[1, 3]])
+    (file,) = prototypes_of(of_run)
+    torch.testing.assert_close(Prototypes.load(file).means[[1, 3]], original.means[[1, 3]])
+
+
+def test_what_o3_forgets_between_requests_by_gs_lora_keeps_no_prototype(of_run: Store) -> None:
+    requests = ForgetRequests(of_run)
+    forget(requests, wish_classes(of_run, ["alarm"], method="gs-lora"))
+    for wish, known in (
+        (wish_classes(of_run, ["music"]), [False, False, True, True]),
+        (wish_examples(of_run, queries(2).take(range(12))), [False, False, False, True]),
+    ):
+        forget(requests, wish)
+        (file,) = prototypes_of(of_run)
+        kept = Prototypes.load(file)
+        assert kept.known.tolist() == known and not kept.means[~kept.known].any()
+        assert of_run.manifest.files.keys() == {path.name for path in file.parent.iterdir()}
+    forget(requests, wish_classes(of_run, ["weather"], method="gs-lora++"))
+    assert Prototypes.load(*prototypes_of(of_run)).known.tolist() == known
+
+
+def prototypes_of(store: Store) -> list[Path]:
+    return list((store.directory / "adapters" / str(store.manifest.adapter)).glob("prototypes*"))
 
 
 def test_requests_of_every_kind_and_method_leave_each_other_forgotten(of_run: Store) -> None:
