@@ -1,7 +1,7 @@
 """Forgetting without retained data: O3's gated slots beside methods that read the request alone and have no gate.
 
     python -m benchmarks.gated --data FOLDER [--cache FOLDER] [--kept FOLDER] [--seeds 3] [--requests 6] [--on test]
-        [--epochs 1] [--least-steps 24] [--coverage 0.97] [--folds 8] [--retrained] [--device cuda]
+        [--epochs 1] [--least-steps 24] [--factor 1] [--coverage 0.97] [--folds 8] [--retrained] [--device cuda]
 
 FOLDER holds `data_full.json.gz` and `domains.json.gz` of CLINC150. The model is MiniLM with FFA-LoRA's B and a head,
 trained here on all training queries (`--models` of them; seeds draw the rest); the frozen MiniLM without them is the
@@ -350,6 +350,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=store.epochs, help="passes over a request's used queries")
     parser.add_argument("--least-steps", type=int, default=store.least_steps, help="more passes for small requests")
     parser.add_argument("--rate", type=float, default=store.rate)
+    parser.add_argument("--factor", type=float, default=1.0, help="of every method's rate")
     parser.add_argument("--coverage", type=float, default=store.coverage)
     parser.add_argument("--folds", type=int, default=store.folds, help="clusters left out in turn, for the threshold")
     parser.add_argument("--methods", nargs="+", choices=[recipe.name for recipe in RECIPES], help="default: all")

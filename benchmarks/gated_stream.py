@@ -163,7 +163,7 @@ def answered(
         told_by = (
             recipe.passes or chosen.epochs,
             chosen.least_steps,
-            recipe.rate or chosen.rate,
+            rate_of(recipe, chosen),
             model_of(chosen, world.seed),
             world.seed,
             *(() if world.device == "cpu" else (world.learner.device.type,)),
@@ -184,6 +184,11 @@ def answered(
     method.reads.append({key: count + features.get(key, 0) for key, count in made.reads.items()})
 
 
+def rate_of(recipe: Recipe, chosen: argparse.Namespace) -> float:
+    """Return the rate at which a recipe's slots are trained."""
+    return float((recipe.rate or chosen.rate) * chosen.factor)
+
+
 def model_of(chosen: argparse.Namespace, seed: int) -> int:
     """Return which trained model a seed forgets from."""
     return int(seed % (chosen.models or chosen.seeds))
@@ -197,7 +202,7 @@ def slot_for(
     sites, number = world.learner.adapted.sites, len(method.slots)
     request = AuditedRequest(one.request.examples, seed=world.seed)
     config = replace(
-        slot_settings(forgetting(chosen)), rate=recipe.rate or chosen.rate, variant=recipe.variant,
+        slot_settings(forgetting(chosen)), rate=rate_of(recipe, chosen), variant=recipe.variant,
         penalty=recipe.penalty, epochs=recipe.passes or chosen.epochs,
     )  # fmt: skip
     frames = OrthogonalFrames(sites, rank=config.rank, seed=world.seed, beside=world.learner.adapted.frame)
