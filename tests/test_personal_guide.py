@@ -27,19 +27,30 @@ def shown(value: float) -> str:
     return f"{value:.4f}".removeprefix("0")
 
 
+def told(value: float) -> str:
+    return ("-" if value < 0 else "") + shown(abs(value))
+
+
+def interval(key: str) -> str:
+    value, low, high = (FIGURES[key + end] for end in ("", "_low", "_high"))
+    return f"{'+' if value >= 0 else '-'}{shown(abs(value))} [{told(low)}, {told(high)}]"
+
+
 def test_every_figure_of_the_tables_is_the_results_files() -> None:
+    others = ("single_lora_equal_parameters", "uniform_gate", "swapped gate")
     for heading, split in (("**Per user**", "per_user"), ("**By time**", "global_time")):
         for arm, *cells in rows(heading):
             key = f"{split}_{arm}".replace(" + ", "_").replace(" ", "_").replace("-", "_")
-            for cell, figure in zip(cells[:3], ("auc", "log_loss", "ndcg10"), strict=True):
-                if cell:
-                    mean, spread = FIGURES[f"{key}_{figure}"], FIGURES[f"{key}_{figure}_spread"]
-                    assert cell == f"{shown(mean)} ±{shown(spread)}", (heading, arm, figure)
-            if cells[3]:
-                value, low = re.findall(r"[+-]?\.\d+", cells[3])[:2]
-                minus = f"{split}_{arm}_minus_single_lora_equal_parameters".replace("-", "_")
-                assert abs(float(value) - FIGURES[minus]) <= 5e-5 + 1e-9
-                assert abs(float(low) - FIGURES[f"{minus}_low"]) <= 5e-5 + 1e-9
+            minus = f"{split}_{arm}_minus_".replace("-", "_")
+            places = {0: "auc", 1: "log_loss", 2: "ndcg10", 6: "stacked"}
+            expected = {
+                place: f"{shown(FIGURES[f'{key}_{figure}'])} ±{shown(FIGURES[f'{key}_{figure}_spread'])}"
+                for place, figure in places.items()
+                if f"{key}_{figure}" in FIGURES
+            }
+            beside = dict(enumerate(others, start=3)) | {7: "stack", 8: f"{others[0]}_stacked"}
+            expected |= {place: interval(minus + other) for place, other in beside.items() if minus + other in FIGURES}
+            assert cells == [expected.get(place, "") for place in range(9)], (heading, arm)
 
 
 def test_no_arm_is_left_out() -> None:

@@ -50,7 +50,6 @@ from strategies.unlearning.stream import sampled
 from tasks.examples import Examples
 from tasks.exported import ExportedClassifier
 
-ERASED = "erased.json"
 PROTOTYPE_ROWS = 100
 """Most rows of a class that its prototype is the mean of."""
 

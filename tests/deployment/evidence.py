@@ -210,7 +210,7 @@ def uncharged(fleet: Fleet, run: str) -> list[str]:
     return wrong
 
 
-def frozen_training(fleet: Fleet, clients: Sequence[str], *, seconds: float = 240) -> int:
+def frozen_training(fleet: Fleet, clients: Sequence[str], *, seconds: float = 120) -> int:
     """Freeze executors in the midst of one round, charged and not yet answered; returns the round's number.
 
     Each is frozen as soon as its log says that it was charged. Where an answer was faster, the next round is taken.
