@@ -9,14 +9,13 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from lora.errors import ConfigError, DataError, RunError, WrongUpdate, nearest
+from lora.files import sync, write_bytes
 from server.forgetting.files import (
     FOLDED,
     Method,
     RequestFile,
     StateFile,
     read_json,
-    sync,
-    write_bytes,
     write_section,
 )
 from server.forgetting.sources import Sources

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -10,6 +9,7 @@ from pydantic import Field, ValidationError
 
 from lora.config import Section
 from lora.errors import RunError
+from lora.files import write_bytes
 from strategies.unlearning.config import ForgettingConfig
 from tasks.config import ModelConfig
 
@@ -157,31 +157,6 @@ def read_json(path: Path) -> Any:
         return None
     except (OSError, ValueError) as error:
         raise RunError(f"{path}: cannot be read ({error}); restore it from a backup") from error
-
-
-def write_bytes(path: Path, data: bytes, *, mode: int = 0o644) -> None:
-    """Write aside, sync, rename, and sync the directory: after a kill the old file is there, or the new one."""
-    aside = path.with_name(f".{path.name}.part")
-    try:
-        aside.unlink(missing_ok=True)
-        handle = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.rename(path)
-        sync(path.parent)
-    except OSError as error:
-        raise RunError(f"{path} cannot be written ({error.strerror}); nothing has changed: make room") from error
-
-
-def sync(directory: Path) -> None:
-    """Make renames in a directory durable."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def sha256(path: Path) -> str:

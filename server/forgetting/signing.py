@@ -10,7 +10,8 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from lora.errors import RunError
-from server.forgetting.files import read_json, write_bytes, write_json
+from lora.files import write_bytes
+from server.forgetting.files import read_json, write_json
 
 Key = Ed25519PrivateKey
 

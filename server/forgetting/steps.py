@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lora.errors import RunError
+from lora.files import write_bytes
 from server.export import export
 from server.forgetting import evidence, signing
 from server.forgetting.asking import ANSWER, NAME, ROWS, fitting, now
@@ -20,7 +21,6 @@ from server.forgetting.files import (
     RequestFile,
     check_digest,
     sha256,
-    write_bytes,
     write_json,
     write_section,
 )

@@ -24,6 +24,8 @@ from torch.utils._pytree import tree_leaves
 from lora.errors import DataError
 
 Call = Any
+_KEPT_BYTES, _ENTRY_BYTES = 2**25, 2**12
+"""Bytes that are noted before gone tensors are dropped, and what a note counts for by itself."""
 
 
 @dataclass
@@ -47,6 +49,8 @@ class Audit:
     _allowed_files: set[str] = field(default_factory=set, repr=False)
     _paused: bool = field(default=False, repr=False)
     _known: dict[int, tuple[StorageWeakRef, str | None]] = field(default_factory=dict, repr=False)
+    _since: int = field(default=0, repr=False)
+    """Bytes that were noted since it was last looked for what is gone."""
 
     def allow_files(self, paths: Iterable[str | Path]) -> None:
         """Declare the files of the request."""
@@ -104,9 +108,14 @@ class Audit:
         }
 
     def _know(self, tensor: Tensor, kind: str | None) -> None:
-        # The weak reference keeps the storage's identity from being given to another one.
+        # The weak reference keeps the storage's identity from being given to another one, and with it, in PyTorch, the
+        # bytes of one that is gone: those are dropped before they are many. What is gone cannot be read again.
         reference = _storage(tensor)
         self._known[reference.cdata] = (reference, kind)
+        self._since += tensor.untyped_storage().nbytes() + _ENTRY_BYTES
+        if self._since > _KEPT_BYTES:
+            self._known = {key: known for key, known in self._known.items() if not _gone(known[0])}
+            self._since = 0
 
     def _opened(self, path: str) -> None:
         name = str(Path(path).resolve())
@@ -167,6 +176,10 @@ class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _storage(tensor: Tensor) -> StorageWeakRef:
     return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+
+
+def _gone(reference: StorageWeakRef) -> bool:
+    return bool(reference.expired())  # type: ignore[no-untyped-call]
 
 
 def _tensors(tree: Any) -> list[Tensor]:

@@ -7,7 +7,6 @@ them did not see, and from nothing else.
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from sklearn.svm import OneClassSVM
 from torch import Tensor
 
 from lora.errors import DataError
+from lora.files import write_bytes
 from privacy.randomness import Randomness
 from strategies.unlearning.audit import derived
 from strategies.unlearning.audited_request import AuditedRequest
@@ -97,12 +97,7 @@ class Detector:
 
     def save(self, path: Path) -> None:
         """Write one safetensors file, aside and then renamed."""
-        aside = path.with_name(f"{path.name}.part")
-        with aside.open("wb") as file:
-            file.write(save(self.tensors(), {"detector": json.dumps(self.about())}))
-            file.flush()
-            os.fsync(file.fileno())
-        aside.rename(path)
+        write_bytes(path, save(self.tensors(), {"detector": json.dumps(self.about())}))
 
     @classmethod
     def load(cls, path: Path) -> "Detector":

@@ -1,7 +1,6 @@
 """What a served classifier was asked to forget: one gated slot a request, answered around all of them in one pass."""
 
 import json
-import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from lora.bank import Bank
 from lora.errors import DataError, FrameMismatch, ModelError
+from lora.files import write_bytes
 from lora.frame import Frame, Site
 from lora.gate import Gate
 from lora.overlay import Overlay
@@ -205,12 +205,7 @@ def save_slot(path: Path, gated: GatedSlot, *, frames: OrthogonalFrames) -> None
     b = gated.slot.values[gated.slot.layout.span("B")].contiguous().cpu()
     about = {"version": VERSION, "block": gated.block, "a": frames.block(gated.block).digest,
              "layout": gated.slot.layout.digest}  # fmt: skip
-    aside = path.with_name(f"{path.name}.part")
-    with aside.open("wb") as file:
-        file.write(save({"b": b}, {"slot": json.dumps(about)}))
-        file.flush()
-        os.fsync(file.fileno())
-    aside.rename(path)
+    write_bytes(path, save({"b": b}, {"slot": json.dumps(about)}))
 
 
 def load_slot(path: Path, *, frames: OrthogonalFrames) -> tuple[int, Slot]:

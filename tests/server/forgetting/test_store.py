@@ -1,5 +1,6 @@
 """The directory of a store: made whole or not at all, checked when it is read, and worked on by one at a time."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
     def full(handle: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(RunError, match="No space left"):
         files.write_json(tmp_path / "x.json", 2)
     assert files.read_json(tmp_path / "x.json") == 1

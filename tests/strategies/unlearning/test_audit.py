@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -49,6 +50,20 @@ def test_views_of_what_is_declared_and_numbers_are_no_reads_of_others() -> None:
     with audit.watching():
         torch.from_numpy(np.ones(4)) + 1
     assert audit.foreign == ["a tensor of shape (4,) in aten.lift_fresh.default"]
+
+
+def test_what_an_operation_made_is_given_back_when_nobody_holds_it() -> None:
+    audit, start = Audit(), torch.ones(1024, 1024)
+    audit.declare("model", [start])
+    before = psutil.Process().memory_info().rss
+    with audit.watching():
+        for _ in range(200):
+            start + 1
+    grown = psutil.Process().memory_info().rss - before
+    # 200 tensors of 4 MiB were made, one after the other.
+    assert grown < 200 * 2**20
+    audit.check()
+    assert audit.report()["tensors_model"] == 200
 
 
 def test_files_are_counted_and_foreign_ones_found(tmp_path: Path) -> None:
