@@ -1,4 +1,4 @@
-"""The Flower ClientApp: greet, train, evaluate. The data stay; B, counts and epsilon leave."""
+"""The Flower ClientApp: greet, train, evaluate, forget. The data stay; B, counts and epsilon leave."""
 
 import logging
 import time
@@ -18,6 +18,7 @@ from privacy.ledger import Charge, Receipt
 from strategies.federated.job import read_job
 from strategies.federated.wire import METRICS, REPORT, WEIGHT, Declined, Order, Update, refusal
 from strategies.observe import watch
+from strategies.unlearning.wire import Letter, Offered, asked_run
 
 log = logging.getLogger("lethe.client")
 
@@ -62,7 +63,38 @@ def build(
         job, place = stand(context)
         return Message(evaluation(job, place, Order.read(message)), reply_to=message)
 
+    if settings is not None:
+        _forgets(app, settings, place_of)
     return app
+
+
+def _forgets(app: ClientApp, settings: NodeSettings, place_of: Callable[[Context], Place]) -> None:
+    """Let a node of its own settings answer orders to forget by what its owner offers."""
+    from client.offers import Offers
+
+    offers = Offers(settings)
+
+    @app.query("offers")
+    @sanitised
+    def offered(message: Message, context: Context) -> Message:
+        states = {offer.id: offers.state(offer) for offer in offers.all(asked_run(message))}
+        of = {kind: tuple(name for name, state in states.items() if state == kind) for kind in ("open", "answered")}
+        told = Offered(settings.name, (*of["answered"], *of["open"]), of["answered"])
+        return Message(told.content(), reply_to=message)
+
+    @app.query("forget")
+    @sanitised
+    def forget(message: Message, context: Context) -> Message:
+        letter = Letter.read(message)
+        answer = offers.answer(letter, client=place_of(context).name)
+        return Message(Letter(letter.offer, answer).content(), reply_to=message)
+
+    @app.query("forgotten")
+    @sanitised
+    def forgotten(message: Message, context: Context) -> Message:
+        letter = Letter.read(message)
+        offers.close(letter)
+        return Message(Letter(letter.offer).content(), reply_to=message)
 
 
 def sanitised(handler: Handler) -> Handler:

@@ -184,6 +184,31 @@ def submit(  # noqa: PLR0917 - typer reads options from parameters
 
 
 @app.command()
+def forget(  # noqa: PLR0917 - typer reads options from parameters
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The finished run whose model is to forget.")],
+    site: Place = SITE,
+    superlink: Control = None,
+    node: Annotated[str | None, typer.Option(help="Take what this node offers; else all that are online.")] = None,
+    wait: Annotated[float, typer.Option(min=1, help="Seconds to wait for nodes.")] = 60.0,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds that a node may take for an answer.")] = 1800.0,
+    retries: Annotated[int, typer.Option(min=0, help="How often to submit again when the server side died.")] = 3,
+    detach: Annotated[bool, typer.Option("--detach", help="Do not wait for the end.")] = False,
+) -> None:
+    """Let a run's model forget what nodes offer (`lethe forget offer`); exits with 2 when an offer was not served."""
+    from lethe.operator import Operator
+    from lethe.site import open_site
+    from lethe.submission import send_forgetting
+
+    opened = open_site(site)
+    if node is not None:
+        opened.node(node)
+    operator = Operator(opened, superlink=superlink)
+    asked = {"run": run, "client": node, "wait": wait, "timeout": timeout}
+    send_forgetting(opened, operator, _say, asked, retries=retries, follow=not detach)
+    typer.echo(f"the server keeps requests and records in {run}/forgetting; `lethe forget list --in {run}` there")
+
+
+@app.command()
 def status(site: Place = SITE, superlink: Control = None) -> None:
     """Show the nodes and the runs of the federation."""
     from lethe.operator import Operator

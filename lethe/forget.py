@@ -11,11 +11,14 @@ from rich.text import Text
 from lora.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
+    from client.offers import Offer
     from server.forgetting.asking import Accepted, Wish
     from server.forgetting.files import RequestFile
     from server.forgetting.requests import ForgetRequests, Status
     from server.forgetting.store import Store
     from strategies.unlearning.config import ForgettingConfig
+
+NODE_FILE = "node.toml"
 
 app = typer.Typer(no_args_is_help=True, suggest_commands=False, help="Forget on request, durably and with a record.")
 
@@ -34,6 +37,9 @@ Database = Annotated[
     typer.Option(
         envvar="LETHE_FORGET_DATABASE", help="PostgreSQL by URL to keep the steps in; else a file of the store."
     ),
+]
+NodeFolder = Annotated[
+    Path, typer.Option("--node", envvar="LETHE_NODE", help=f"The node's folder, where its {NODE_FILE} is.")
 ]
 Settings = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings such as forgetting.rank=4.")
@@ -171,8 +177,8 @@ def order(
     place: Place,
 ) -> None:
     """Write the order by which a client forgets its own rows; an open one is given again."""
+    from lora.files import write_bytes
     from server.forgetting.asking import new_order
-    from server.forgetting.files import write_bytes
 
     made = new_order(_requests(place).store, client)
     write_bytes(out, made.to_bytes())
@@ -196,8 +202,8 @@ def answer(  # noqa: PLR0917 - typer reads options from parameters
 ) -> None:
     """At the client: train slot and detector on its own rows, and write what may leave: tensors, no row."""
     from client.forgetting import Spending, answer_order
+    from lora.files import write_bytes
     from privacy.ledger import Ledger
-    from server.forgetting.files import write_bytes
     from server.forgetting.sources import read_rows
     from strategies.unlearning.remote import ForgetOrder
     from tasks.models import load_base
@@ -213,6 +219,46 @@ def answer(  # noqa: PLR0917 - typer reads options from parameters
         typer.echo(
             f"privacy  epsilon {made.epsilon:.4g} at delta {made.delta:g} per row, add/remove one; ledger {ledger}"
         )
+
+
+@app.command()
+def offer(  # noqa: PLR0917 - typer reads options from parameters
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Name of the federation's run whose model learned them.")],
+    examples: Annotated[Path, typer.Option(help="The node's rows to forget, with text and label.")],
+    node: NodeFolder = Path(),
+    classes: Classes = None,
+    private: Annotated[float | None, typer.Option(metavar="EPSILON", help="Answer privately, at this epsilon.")] = None,
+    delta: Annotated[float | None, typer.Option(help="Delta of --private; default 1e-5.")] = None,
+) -> None:
+    """At a node: offer rows to be forgotten. `lethe deploy forget RUN` has the node answer, without any row."""
+    from client.node import read_node
+    from client.offers import Offers
+
+    offers = Offers(read_node(node / NODE_FILE))
+    made = offers.make(run, examples, classes=_names(classes), epsilon=private, delta=delta)
+    typer.echo(f"offer {made.id}: {made.rows} rows{_terms(made)}; the operator's side: lethe deploy forget {run}")
+
+
+@app.command("offers")
+def list_offers(
+    node: NodeFolder = Path(),
+    withdraw: Annotated[str | None, typer.Option(metavar="ID", help="Delete this offer with its rows.")] = None,
+) -> None:
+    """At a node: list what is offered, what was answered, and what is done; or withdraw an offer."""
+    from client.node import read_node
+    from client.offers import Offers
+
+    offers = Offers(read_node(node / NODE_FILE))
+    if withdraw is not None:
+        offers.withdraw(offers.find(withdraw))
+        return
+    known = offers.all()
+    for each in known:
+        typer.echo(f"{each.id}  {offers.state(each):<8} {each.run}  {each.made}  {each.rows} rows{_terms(each)}")
+        if each.problem is not None:
+            typer.echo(f"              not answered: {each.problem}")
+    if not known:
+        typer.echo("nothing is offered here; lethe forget offer RUN --examples FILE does")
 
 
 # --- Opening ---------------------------------------------------------------------------------------------------------
@@ -348,6 +394,11 @@ def _what(request: "RequestFile") -> str:
         "client": f"forget rows of client {str(request.subject)[:12]} (keyed digest)",
     }[request.kind]
     return f"{what}: {request.rows} rows, {request.method}"
+
+
+def _terms(offer: "Offer") -> str:
+    whole = f" for all of {', '.join(offer.classes)}" if offer.classes else ""
+    return whole + ("" if offer.epsilon is None else f", epsilon {offer.epsilon:g} at delta {offer.delta:g}")
 
 
 def _about(store: "Store") -> str:

@@ -83,6 +83,71 @@ class Journal:
 
 
 @dataclass(frozen=True)
+class Sending:
+    """A run config on its way to a federation, under a name; `told` says what a line of the run's log means."""
+
+    site: Site
+    operator: Operator
+    say: Say
+    name: str
+    config: str
+    """Flower's run config, TOML."""
+    told: Callable[[str], str | None]
+    recipe: str = ""
+    digest: str = ""
+
+    def send(self, *, retries: int, follow: bool) -> None:
+        """Submit, and follow to the end; where the server app or the SuperLink died, submit again.
+
+        Raises DeploymentError when the run failed.
+        """
+        identity = self._start()
+        if not follow:
+            return
+        for attempt in range(retries + 1):
+            end = self._follow(identity)
+            if end.completed:
+                self._report(end)
+                return
+            if not _died(end) or attempt == retries:
+                raise _failure(self.name, end, attempt)
+            self.say(f"run {self.name} lost its server side ({end.details.rstrip('.')}); submitted again")
+            identity = self._start()
+        raise DeploymentError(f"run {self.name} was not submitted: --retries {retries} allows no attempt")
+
+    def _start(self) -> str:
+        with bundle() as folder:
+            settings = folder.parent / "job.toml"
+            settings.write_text(self.config, encoding="utf-8")
+            identity = _patiently(lambda: self.operator.start(bundle=folder, settings=settings), self.say)
+        Journal(self.site).add(Entry(self.name, identity, self.recipe, self.digest, time.time()))
+        self.say(f"run {self.name} is number {identity}")
+        return identity
+
+    def _follow(self, identity: str) -> RunStatus:
+        """Show what the run says until it has ended."""
+        seen, name = 0, self.name
+        while True:
+            try:
+                for number, line in enumerate(log_lines(self.site, identity), start=1):
+                    if number > seen and (words := self.told(line)):
+                        self.say(words)
+                    seen = max(seen, number)
+            except KeyboardInterrupt:
+                self.say(f"the run goes on: `lethe deploy logs {name}` follows it, `lethe deploy stop {name}` ends it")
+                raise
+            status = _patiently(lambda: self.operator.run(identity), self.say)
+            if status.finished:
+                return status
+            time.sleep(_PAUSE)
+
+    def _report(self, end: RunStatus) -> None:
+        self.say(
+            f"finished after {end.elapsed:.0f} s; nodes sent {end.bytes_in:,} bytes and were sent {end.bytes_out:,}"
+        )
+
+
+@dataclass(frozen=True)
 class Submission:
     """A run file on its way to a federation. Use `send`."""
 
@@ -98,20 +163,12 @@ class Submission:
         Where the server app or the SuperLink died, the run is submitted again under its name, and its server app goes
         on from the last checkpoint. Raises RunError for a name that is taken, DeploymentError when the run failed.
         """
-        name = self._name()
-        identity = self._start(name)
-        if not follow:
-            return name
-        for attempt in range(retries + 1):
-            end = self._follow(name, identity)
-            if end.completed:
-                self._report(end)
-                return name
-            if not _died(end) or attempt == retries:
-                raise _failure(name, end, attempt)
-            self.say(f"run {name} lost its server side ({end.details.rstrip('.')}); submitted again")
-            identity = self._start(name)
-        raise DeploymentError(f"run {name} was not submitted: --retries {retries} allows no attempt")
+        name, rounds = self._name(), self.run.federation.rounds
+        Sending(
+            self.site, self.operator, self.say, name, run_config(self.run, name),
+            told=lambda line: told(line, rounds=rounds), recipe=self.recipe, digest=result_digest(self.run),
+        ).send(retries=retries, follow=follow)  # fmt: skip
+        return name
 
     def _name(self) -> str:
         """Return a name that is free, or of a run that failed and may go on."""
@@ -140,37 +197,6 @@ class Submission:
         if found.completed:
             raise RunError(f"run {name} has finished; choose another name=…")
         self.say(f"run {name} ended before ({found.status}); it goes on from its last checkpoint, where there is one")
-
-    def _start(self, name: str) -> str:
-        with bundle() as folder:
-            settings = folder.parent / "job.toml"
-            settings.write_text(run_config(self.run, name), encoding="utf-8")
-            identity = _patiently(lambda: self.operator.start(bundle=folder, settings=settings), self.say)
-        Journal(self.site).add(Entry(name, identity, self.recipe, result_digest(self.run), time.time()))
-        self.say(f"run {name} is number {identity}")
-        return identity
-
-    def _follow(self, name: str, identity: str) -> RunStatus:
-        """Show the run's rounds until it has ended."""
-        seen = 0
-        while True:
-            try:
-                for number, line in enumerate(log_lines(self.site, identity), start=1):
-                    if number > seen and (words := told(line, rounds=self.run.federation.rounds)):
-                        self.say(words)
-                    seen = max(seen, number)
-            except KeyboardInterrupt:
-                self.say(f"the run goes on: `lethe deploy logs {name}` follows it, `lethe deploy stop {name}` ends it")
-                raise
-            status = _patiently(lambda: self.operator.run(identity), self.say)
-            if status.finished:
-                return status
-            time.sleep(_PAUSE)
-
-    def _report(self, end: RunStatus) -> None:
-        self.say(
-            f"finished after {end.elapsed:.0f} s; nodes sent {end.bytes_in:,} bytes and were sent {end.bytes_out:,}"
-        )
 
 
 def log_lines(site: Site, identity: str) -> Iterator[str]:
@@ -207,6 +233,38 @@ def told(line: str, *, rounds: int) -> str | None:
     return None
 
 
+def forgetting_told(line: str) -> str | None:
+    """Return what a line of the log of a run that forgets means; None for what is for the log alone."""
+    event = _event(line)
+    if event.get("event") != "forgetting":
+        return None
+    client, step = event.get("client"), event.get("step")
+    if client is None:
+        return f"{event.get('accepted')} offers served, {event.get('refused')} not"
+    reason = f": {event.get('reason')}" if event.get("reason") else ""
+    return f"{client}  {step}{reason}"
+
+
+def forgetting_config(name: str, asked: Mapping[str, Any]) -> str:
+    """Return Flower's run config, as TOML, of a run that serves what nodes offer to have forgotten."""
+    return f"{toml_line('name', name)}\n{toml_line('forget', json.dumps(dict(asked)))}\n"
+
+
+def send_forgetting(
+    site: Site, operator: Operator, say: Say, asked: Mapping[str, Any], *, retries: int = 3, follow: bool = True
+) -> str:
+    """Let the server side serve what nodes offer to have forgotten, follow it to its end, and return the run's name.
+
+    `asked` is what the server reads as its `forget`. Raises DeploymentError when an offer was not served.
+    """
+    name = _free_name("forget", {entry.name for entry in Journal(site).entries()})
+    config = forgetting_config(name, asked)
+    Sending(site, operator, say, name, config, told=forgetting_told, recipe="forget").send(
+        retries=retries, follow=follow
+    )
+    return name
+
+
 def run_config(run: RunFile, name: str) -> str:
     """Return Flower's run config as TOML: the run's name, and the resolved run file as JSON for server and nodes."""
     sections = {key: value for key, value in resolved(run).items() if key not in ("name", "simulation")}
@@ -241,6 +299,7 @@ clientapp = "client.app:app"
 [tool.flwr.app.config]
 name = ""
 job = ""
+forget = ""
 """
 
 

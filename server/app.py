@@ -39,6 +39,8 @@ def build(
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         config = dict(context.run_config) if run_config is None else run_config
+        if config.get("forget"):
+            return _forget(grid, config, context.run_id)
         job = read_job(ServerJob, config)
         place = directory or run_directory(config, context.run_id)
         place.mkdir(parents=True, exist_ok=True)
@@ -54,6 +56,13 @@ def build(
             records.summarise({**driver.run(), "engine": engine} | ({} if directory else _whereabouts(place)))
 
     return app
+
+
+def _forget(grid: Grid, config: dict[str, Any], number: int) -> None:
+    """Serve what nodes offer to have forgotten, instead of training."""
+    from server.forgetting.collecting import collect, collection
+
+    collect(grid, collection(config), name=str(config.get("name") or f"flower-{number}"))
 
 
 @contextmanager

@@ -62,6 +62,15 @@ def load_splits(config: DataConfig, *, kind: Kind, seed: int, own: bool = False)
     )
 
 
+def labelled_rows(config: DataConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return texts and label names of the training rows, in their order; one label may be all there is.
+
+    Raises DataError and ConfigError as `load_splits` does.
+    """
+    rows = _rows(_read(config, kind="classification", seed=0)["train"], config, kind="classification", role="train")
+    return rows.texts, rows.labels or ()
+
+
 def label_order(labels: Iterable[str]) -> tuple[str, ...]:
     """Return the distinct labels in their fixed order: numbers by value, anything else as strings."""
     names = set(labels)

@@ -14,8 +14,9 @@ from strategies.federated.wire import CONFIG, GREET, INTERNAL, METRICS, REASONS,
 from strategies.observe.exporter import Address, exported
 from strategies.observe.logs import event, events, structured
 from strategies.observe.meters import NodeMeters, ServerMeters
+from strategies.unlearning.wire import OFFERS, ORDER, RECORD
 
-_STEPS = {GREET: "greet"}
+_STEPS = {GREET: "greet", OFFERS: "offers", ORDER: "forget", RECORD: "forgotten"}
 _ANNOUNCED = ("online", "wanted", "rounds", "round", "accuracy", "loss", "bytes_up", "bytes_down", "aggregation_error")
 
 

@@ -1,5 +1,6 @@
 """Three nodes, TLS, authentication, the proxy, by the compose file's command lines: do they train, and rightly so?"""
 
+import json
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ from safetensors.numpy import load_file
 
 from lethe import load_run_file, simulate
 from lethe.spending import spent
+from tasks.builtin import builtin_tables
 
 pytestmark = pytest.mark.deployment
 
@@ -47,6 +49,35 @@ def test_without_noise_it_learns_what_the_simulation_learns(fleet: Any, tmp_path
     played = simulate(load_run_file("quickstart", words), root=tmp_path)
     assert largest_difference(fleet.home / "runs" / "open", played) <= 1e-5
     assert fleet.summary("open")["frame_digest_end"] == fleet.summary("private")["frame_digest_start"]
+
+
+def test_what_a_node_offers_is_forgotten_and_its_rows_stay_there(fleet: Any) -> None:
+    rows = fleet.home / "alarms.jsonl"
+    table = builtin_tables("classification", seed=0)["train"]
+    texts = [text for text, label in zip(*(table.columns[name] for name in ("text", "label")), strict=True)
+             if label == "set an alarm"][:24]  # fmt: skip
+    rows.write_text("".join(json.dumps({"text": text, "label": "set an alarm"}) + "\n" for text in texts))
+    node = fleet.root / "nodes" / "node-2"
+    at_node = ["--node", str(node)]
+    done = fleet.run(["lethe", "forget", "offer", "open", "--examples", str(rows), "--class", "set an alarm", *at_node])
+    assert done.returncode == 0 and "24 rows for all of set an alarm" in done.stdout, done.stderr
+    rows.unlink()
+    done = fleet.lethe("forget", "open")
+    assert done.returncode == 0, done.stderr + fleet.logs()
+    steps = [line.split("node-2  ")[1].strip() for line in done.stderr.splitlines() if "node-2  " in line]
+    assert steps[:2] == ["ordered", "answered"] and "accept answer" in steps and steps[-1] == "served"
+    assert "1 offers served, 0 not" in done.stderr
+    listed = fleet.run(["lethe", "forget", "list", "--in", "open"])
+    assert "done" in listed.stdout and "forget rows of client" in listed.stdout, listed.stderr
+    checked = fleet.run(["lethe", "forget", "verify", "--in", "open", "--subject", "node-2"]).stdout
+    assert "holds   signed by the store's key" in checked and "holds   the record is about that client" in checked
+    assert "done" in fleet.run(["lethe", "forget", "offers", *at_node]).stdout
+    held = [path for folder in (fleet.home, node / "state") for path in folder.rglob("*") if path.is_file()]
+    assert not [path for path in held if texts[0].encode() in path.read_bytes()]
+    again = fleet.lethe("forget", "open", "--node", "node-2")
+    assert again.returncode == 0 and "0 offers served, 0 not" in again.stderr, again.stderr
+    wrong = fleet.lethe("forget", "opne", "--node", "node-2")
+    assert wrong.returncode == 2 and "run 'opne' is not in" in wrong.stderr
 
 
 def test_a_name_that_has_finished_is_refused(fleet: Any) -> None:

@@ -127,6 +127,24 @@ def test_a_client_forgets_by_order_and_answer(lethe: Run, store: Path, tmp_path:
     assert lethe("forget", "verify", added.id, "--in", "store", "--subject", "clinic").code == 0
 
 
+def test_a_node_s_owner_offers_lists_and_withdraws(lethe: Run, tmp_path: Path) -> None:
+    write_queries(tmp_path / "mine.jsonl", queries(2))
+    (tmp_path / "node.toml").write_text('name = "clinic"\n[policy]\nmax_epsilon = 8\n')
+    offer = ("forget", "offer", "first", "--examples", "mine.jsonl", "--class", "weather")
+    refused = lethe(*offer)
+    assert refused.code == 2 and "node 'clinic' sends nothing without privacy (its policy)" in refused.err
+    made = lethe(*offer, "--private", "8")
+    assert made.code == 0 and "24 rows for all of weather, epsilon 8 at delta 1e-05" in made.out, made.err
+    assert "lethe deploy forget first" in made.out
+    listed = lethe("forget", "offers").out
+    name = listed.split()[0]
+    assert listed.split()[1:3] == ["open", "first"]
+    wrong = lethe("forget", "offers", "--withdraw", name[:-1] + "x")
+    assert wrong.code == 2 and f"did you mean '{name}'" in wrong.err
+    assert lethe("forget", "offers", "--withdraw", name).code == 0
+    assert "nothing is offered here" in lethe("forget", "offers").out
+
+
 def test_a_user_is_deleted(lethe: Run, tmp_path: Path) -> None:
     names = known_users(tmp_path / "people")
     unknown = lethe("forget", "add", "--in", "people", "--user", names[0] + "x")

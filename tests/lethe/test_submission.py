@@ -13,8 +13,9 @@ from lethe import submission
 from lethe.config import RunFile, from_mapping, load_run_file
 from lethe.operator import Operator, RunStatus
 from lethe.site import Federation, Node, Site
-from lethe.submission import Journal, Submission, bundle, run_config, told
+from lethe.submission import Journal, Submission, bundle, run_config, send_forgetting, told
 from lora.errors import ConfigError, DeploymentError, RunError
+from server.forgetting.collecting import Collection, collection
 
 ROUND = {"event": "round", "round": 2, "selected": 3, "accepted": 2, "accuracy": 0.5, "epsilon": 3.25, "seconds": 1.5}
 KILLED = ("finished:failed", "No heartbeat received from the task")
@@ -81,6 +82,27 @@ def test_a_run_is_followed_to_its_end(site: Site) -> None:
         "finished after 61 s; nodes sent 1,000 bytes and were sent 2,000",
     ]
     assert link.given[0]["name"] == "first"
+
+
+def forgetting(step: str, **facts: object) -> str:
+    return json.dumps({"time": "now", "event": "forgetting", "step": step, **facts})
+
+
+def test_a_run_that_forgets_is_followed_and_submitted_again_where_its_server_side_died(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [forgetting("ordered", client="clinic"), forgetting("refused", client="bank", reason="budget"), "{no json",
+             json.dumps(ROUND), forgetting("collected", accepted=1, refused=1)]  # fmt: skip
+    monkeypatch.setattr(submission, "log_lines", lambda site, identity: iter(lines))
+    link, said = SuperLink(site, [KILLED, GOOD]), list[str]()
+    asked = {"run": "first", "client": None, "wait": 5.0, "timeout": 60.0}
+    assert send_forgetting(site, link, said.append, asked) == "forget-001"
+    assert [given["name"] for given in link.given] == ["forget-001"] * 2
+    assert collection(link.given[0]) == Collection(run="first", wait=5.0, timeout=60.0)
+    assert said[1:4] == ["clinic  ordered", "bank  refused: budget", "1 offers served, 1 not"]
+    link.ends.append(RAISED)
+    with pytest.raises(DeploymentError, match="run forget-002 ended as finished:failed: ServerApp failed"):
+        send_forgetting(site, link, said.append, asked)
 
 
 def test_what_travels_is_the_resolved_run_file(site: Site) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lora.errors import ConfigError, DataError
 from tasks.config import DataConfig
-from tasks.data import hold_out, label_order, load_splits
+from tasks.data import hold_out, label_order, labelled_rows, load_splits
 from tasks.examples import Examples, Splits
 
 
@@ -152,6 +152,13 @@ def test_a_label_that_was_not_agreed_is_named(tmp_path: Path) -> None:
 def test_agreed_labels_are_two_or_more_and_distinct(labels: tuple[str, ...]) -> None:
     with pytest.raises(ValueError, match="two or more labels"):
         DataConfig(labels=labels)
+
+
+def test_rows_of_one_label_can_be_read_with_its_name(tmp_path: Path) -> None:
+    path = csv_file(tmp_path, "one.csv", [("hello", "greeting"), ("good day", "greeting")])
+    assert labelled_rows(DataConfig(path=path)) == (("hello", "good day"), ("greeting", "greeting"))
+    with pytest.raises(DataError, match="no column 'text'"):
+        labelled_rows(DataConfig(path=csv_file(tmp_path, "other.csv", [("a", "b")], header="words,label")))
 
 
 def test_a_client_s_own_rows_all_train(tmp_path: Path) -> None:

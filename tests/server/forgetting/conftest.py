@@ -1,5 +1,6 @@
 """Forgetting stores over a tiny classifier, made anew for every test from files that are made once."""
 
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,8 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _same_salt(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every store has the same salt here, so that requests draw the same numbers in every run."""
     stores = iter(range(100))
-    fixed = {8: lambda: f"{next(stores):016x}", 32: lambda: "5a" * 32}
-    monkeypatch.setattr("server.forgetting.store.secrets.token_hex", lambda size: fixed[size]())
+    fixed, drawn = {8: lambda: f"{next(stores):016x}", 32: lambda: "5a" * 32}, secrets.token_hex
+    monkeypatch.setattr(secrets, "token_hex", lambda size: fixed[size]() if size in fixed else drawn(size))
 
 
 @pytest.fixture

@@ -1,0 +1,178 @@
+"""A node's offers: what may be offered, what is answered, what is charged, what is kept and what is deleted."""
+
+import json
+import stat
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import Context, Message, RecordDict
+
+from client.app import build
+from client.node import NodeSettings
+from client.offers import Offer, Offers
+from lora.errors import BudgetExceeded, ConfigError, DataError, RunError
+from privacy.ledger import Ledger
+from strategies.federated.wire import DECLINED, INTERNAL, Declined
+from strategies.flower import number, take_identity
+from strategies.unlearning.config import ForgettingConfig
+from strategies.unlearning.remote import ForgetAnswer, ForgetOrder
+from strategies.unlearning.wire import OFFERS, ORDER, RECORD, Letter, Offered, ask_offers
+from tasks.exported import ExportedClassifier
+from tasks.models import load_base, weights_digest
+from tests.queries import LABELS, TINY, export_classifier, queries, write_queries
+
+SHORT = ForgettingConfig(rank=2, epochs=1, least_steps=0, batch=24, private_steps=4)
+
+
+@pytest.fixture(scope="module")
+def order(tmp_path_factory: pytest.TempPathFactory) -> ForgetOrder:
+    place = export_classifier(tmp_path_factory.mktemp("offers") / "adapter")
+    classifier = ExportedClassifier.read(place, max_length=64)
+    digest = weights_digest(load_base(TINY, causal=False).model)
+    return ForgetOrder("order", 1, digest, "tiny-bert", "a" * 64, classifier, classifier.rank, SHORT)
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    return write_queries(tmp_path / "rows.jsonl", queries(3))
+
+
+def offers(tmp_path: Path, **settings: Any) -> Offers:
+    return Offers(NodeSettings(name="clinic", partition=0, state=tmp_path / "state", device="cpu", **settings))
+
+
+def offered(tmp_path: Path, rows: Path, **terms: Any) -> tuple[Offers, Offer]:
+    made = offers(tmp_path)
+    return made, made.make("first", rows, classes=("money",), **terms)
+
+
+def record_of(answer: bytes) -> bytes:
+    return json.dumps({"record": {"done": {"trained": {"a": ForgetAnswer.from_bytes(answer).a}}}}).encode()
+
+
+def test_rows_are_kept_for_their_owner_alone(tmp_path: Path, rows: Path) -> None:
+    made, offer = offered(tmp_path, rows)
+    assert (offer.rows, offer.classes, offer.epsilon, made.state(offer)) == (24, ("money",), None, "open")
+    (kept,) = made.directory.rglob("rows.json")
+    assert stat.S_IMODE(kept.stat().st_mode) == 0o600 and stat.S_IMODE(kept.parent.stat().st_mode) == 0o700
+    assert made.all("first") == [offer] and made.all("second") == []
+    made.withdraw(made.find(offer.id[:4]))
+    assert not list(made.directory.iterdir())
+    with pytest.raises(RunError, match="there is no offer"):
+        made.find(offer.id)
+
+
+def test_what_cannot_be_offered(tmp_path: Path, rows: Path) -> None:
+    made = offers(tmp_path, policy={"max_epsilon": 4.0, "max_delta": 1e-6})
+    with pytest.raises(ConfigError, match=r"sends nothing without privacy \(its policy\); add --private"):
+        made.make("first", rows)
+    with pytest.raises(ConfigError, match="--private 8: node 'clinic' allows an epsilon of 4 at most"):
+        made.make("first", rows, epsilon=8.0)
+    with pytest.raises(ConfigError, match="--delta 1e-05: node 'clinic' allows a delta of 1e-06 at most"):
+        made.make("first", rows, epsilon=4.0, delta=1e-5)
+    with pytest.raises(DataError, match="rows are of class 'money', which --class does not name"):
+        made.make("first", rows, classes=("music",), epsilon=4.0)
+    few = write_queries(tmp_path / "few.jsonl", queries(3).take(range(7)))
+    with pytest.raises(DataError, match="7 rows is too small"):
+        made.make("first", few, epsilon=4.0)
+    assert not made.directory.exists() or not list(made.directory.iterdir())
+    assert made.make("first", rows, epsilon=4.0).delta == 1e-6
+
+
+def test_the_same_order_gives_the_same_answer_and_another_adapter_another(
+    tmp_path: Path, rows: Path, order: ForgetOrder
+) -> None:
+    made, offer = offered(tmp_path, rows)
+    with pytest.raises(Declined, match="has no answer yet"):
+        made.answer(Letter(offer.id), client="0")
+    first = made.answer(Letter(offer.id, order.to_bytes()), client="0")
+    assert made.state(offer) == "answered"
+    assert not any(text.encode() in first for text in queries(3).texts)
+    assert made.answer(Letter(offer.id), client="0") == first
+    assert made.answer(Letter(offer.id, order.to_bytes()), client="0") == first
+    other = made.answer(Letter(offer.id, replace(order, adapter="b" * 64).to_bytes()), client="0")
+    assert ForgetAnswer.from_bytes(other).adapter == "b" * 64
+
+
+def test_a_private_answer_is_charged_once_however_often_it_is_asked_for(
+    tmp_path: Path, rows: Path, order: ForgetOrder
+) -> None:
+    made, offer = offered(tmp_path, rows, epsilon=8.0)
+    answers = {made.answer(Letter(offer.id, order.to_bytes()), client="0") for _ in range(2)}
+    assert len(answers) == 1
+    slot, statistics = Ledger(made.settings.ledger).rows()
+    # The name under which training is charged too: what both cost adds up.
+    assert slot.client == statistics.client == "0" and slot.purpose == "forget request order: slot"
+    assert 7 < (ForgetAnswer.from_bytes(answers.pop()).epsilon or 0) <= 8
+
+
+def test_policy_and_budget_hold_when_the_order_comes(tmp_path: Path, rows: Path, order: ForgetOrder) -> None:
+    made, offer = offered(tmp_path, rows)
+    strict = offers(tmp_path, policy={"require_privacy": True})
+    with pytest.raises(Declined, match="sends nothing without privacy"):
+        strict.answer(Letter(offer.id, order.to_bytes()), client="0")
+    poor = offers(tmp_path, policy={"max_epsilon": 5.0})
+    costly = poor.make("first", rows, epsilon=5.0)
+    poor.answer(Letter(costly.id, order.to_bytes()), client="0")
+    again = poor.make("first", rows, epsilon=5.0)
+    with pytest.raises(BudgetExceeded):
+        poor.answer(Letter(again.id, order.to_bytes()), client="0")
+    assert "5" in str(poor.find(again.id).problem) and len(Ledger(poor.settings.ledger).rows()) == 2
+    assert made.state(again) == "open"
+
+
+def test_a_record_closes_its_own_offer_and_no_other(tmp_path: Path, rows: Path, order: ForgetOrder) -> None:
+    made, offer = offered(tmp_path, rows)
+    data = made.answer(Letter(offer.id, order.to_bytes()), client="0")
+    for wrong in (b"", b"{}", b"no json", b'{"record": {"done": {"trained": {"a": "' + b"0" * 64 + b'"}}}}'):
+        with pytest.raises(Declined, match="the record is not about the answer"):
+            made.close(Letter(offer.id, wrong))
+    assert made.state(offer) == "answered"
+    for _ in range(2):
+        made.close(Letter(offer.id, record_of(data)))
+    place = made.directory / offer.id
+    assert made.state(offer) == "done" and sorted(path.name for path in place.iterdir()) == [
+        "offer.json",
+        "record.json",
+    ]
+    assert not any(b"send cash" in path.read_bytes() for path in made.directory.rglob("*") if path.is_file())
+
+
+class Node:
+    """A node's app, called as the executor would."""
+
+    def __init__(self, made: Offers) -> None:
+        take_identity()
+        self.app = build(settings=made.settings)
+        self.context = Context(run_id=5, node_id=7, node_config={}, state=RecordDict(), run_config={})
+
+    def ask(self, content: RecordDict, kind: str) -> Message:
+        message = Message(content, dst_node_id=7, message_type=kind)
+        number(message)
+        return self.app(message, self.context)
+
+
+def test_the_app_offers_answers_and_closes(tmp_path: Path, rows: Path, order: ForgetOrder) -> None:
+    made, offer = offered(tmp_path, rows)
+    node = Node(made)
+    assert Offered.read(node.ask(ask_offers("first"), OFFERS)) == Offered("clinic", (offer.id,))
+    assert Offered.read(node.ask(ask_offers("other"), OFFERS)) == Offered("clinic")
+    answer = Letter.read(node.ask(Letter(offer.id, order.to_bytes()).content(), ORDER))
+    assert Offered.read(node.ask(ask_offers("first"), OFFERS)) == Offered("clinic", (offer.id,), (offer.id,))
+    node.ask(Letter(offer.id, record_of(answer.data)).content(), RECORD)
+    assert Offered.read(node.ask(ask_offers("first"), OFFERS)) == Offered("clinic")
+
+
+def test_no_word_of_a_row_leaves_in_a_refusal(tmp_path: Path, order: ForgetOrder) -> None:
+    secret = tmp_path / "secret.jsonl"
+    lines = [json.dumps({"text": f"bed {place} has measles", "label": "measles"}) for place in range(9)]
+    secret.write_text("\n".join(lines))
+    made = offers(tmp_path)
+    offer = made.make("first", secret)
+    reply = Node(made).ask(Letter(offer.id, order.to_bytes()).content(), ORDER)
+    assert reply.error.code == INTERNAL and reply.error.reason == "DataError; the client's own log has the details"
+    assert f"label 'measles' is not among the {len(LABELS)} of the order" in str(made.find(offer.id).problem)
+    declined = Node(made).ask(Letter("nobody", order.to_bytes()).content(), ORDER)
+    assert declined.error.code == DECLINED and "offers no 'nobody'" in str(declined.error.reason)
