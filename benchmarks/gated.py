@@ -31,7 +31,6 @@ import argparse
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -44,21 +43,22 @@ from benchmarks.gated_stream import (
     Asked,
     Found,
     Method,
+    add_arguments,
     asked,
     forgetting,
     key_of,
     model_of,
     streamed,
     through,
+    without,
 )
-from benchmarks.intents import DOMAINS, Corpus, World, logits_of, made_world, taken, trained
-from benchmarks.measure import DEVICES, RESULTS, publish, settings
+from benchmarks.intents import DOMAINS, Corpus, World, logits_of, made_world, taken
+from benchmarks.measure import RESULTS, publish, settings
 from lethe.page import STYLE
 from lethe.plots import Canvas, percent, plain, ticks
 from lora.errors import LetheError
 from strategies.unlearning.attacks import loss_membership
 from strategies.unlearning.audited_request import AuditedRequest
-from strategies.unlearning.config import ForgettingConfig
 from strategies.unlearning.detector import (
     Detectors,
 )
@@ -177,18 +177,15 @@ def picture(
 
 def retrained(world: World, requests: Sequence[Asked], chosen: argparse.Namespace) -> tuple[World, dict[str, float]]:
     """Train the model anew without the requests' queries; returns it and its figures."""
-    gone = sorted({label for one in requests for label in one.labels})
-    rest = np.setdiff1d(np.arange(len(world.corpus.train)), world.corpus.rows(gone))
-    tokens = world.learner.task.tokenize(taken(world.corpus.train, rest))
-    vector, seconds = trained(world.learner, tokens, seed=world.seed, cache=chosen.cache, name=f"without-{len(gone)}")
-    gold = World(world.corpus, world.learner, vector, world.encoder, world.seed, seconds)
+    gold = without(world, requests, chosen)
+    gone = {label for one in requests for label in one.labels}
     own = requests[0].labels
     asks = [gold.seen(own), gold.asked]
     members, strangers = (Answers(np.asarray(each.tokens.labels, dtype=np.int64), each.logits) for each in asks)
     mine = strangers.of_classes(own)
     outside = Answers(strangers.labels[mine], strangers.logits[torch.from_numpy(mine)])
-    staying = set(range(len(world.corpus.names))) - set(gone)
-    return gold, {"retrain_s": seconds, "loss_mia_retrained": loss_membership(members, outside),
+    staying = set(range(len(world.corpus.names))) - gone
+    return gold, {"retrain_s": gold.pretraining_s, "loss_mia_retrained": loss_membership(members, outside),
                   "retrained_accuracy": strangers.accuracy(staying)}  # fmt: skip
 
 
@@ -337,25 +334,9 @@ def measured(chosen: argparse.Namespace) -> tuple[dict[tuple[str, str], Found], 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print what the command line asks for."""
     parser = argparse.ArgumentParser(description="Forgetting without retained data, gated and not.")
-    parser.add_argument("--data", type=Path, help="the folder of CLINC150; without it nothing is measured")
-    parser.add_argument("--cache", type=Path, help="folder of trained models, filled where empty")
-    parser.add_argument("--kept", type=Path, help="folder of slots, from which a broken run goes on")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument(
-        "--models", type=int, help="models that are trained; seeds share them in turn; default: all own"
-    )
-    parser.add_argument("--requests", type=int, default=6)
-    parser.add_argument("--on", choices=("test", "validation"), default="test")
-    store = ForgettingConfig()
-    parser.add_argument("--epochs", type=int, default=store.epochs, help="passes over a request's used queries")
-    parser.add_argument("--least-steps", type=int, default=store.least_steps, help="more passes for small requests")
-    parser.add_argument("--rate", type=float, default=store.rate)
-    parser.add_argument("--factor", type=float, default=1.0, help="of every method's rate")
-    parser.add_argument("--coverage", type=float, default=store.coverage)
-    parser.add_argument("--folds", type=int, default=store.folds, help="clusters left out in turn, for the threshold")
+    add_arguments(parser)
     parser.add_argument("--methods", nargs="+", choices=[recipe.name for recipe in RECIPES], help="default: all")
     parser.add_argument("--retrained", action="store_true", help="train the model anew without the requests' queries")
-    parser.add_argument("--device", default="cpu", help=DEVICES)
     chosen = parser.parse_args(arguments)
     if chosen.data is None:
         print("benchmarks.gated measures on CLINC150 only: give --data FOLDER")

@@ -5,6 +5,7 @@ import pickle
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -12,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from benchmarks.intents import Questions, World, logits_of, taken
-from benchmarks.measure import seconds
+from benchmarks.intents import Questions, World, logits_of, taken, trained
+from benchmarks.measure import DEVICES, seconds
 from lora.errors import LetheError
 from strategies.unlearning.attacks import loss_membership
 from strategies.unlearning.audited_request import AuditedRequest
@@ -135,6 +136,27 @@ def asked(world: World, labels: tuple[int, ...]) -> Asked:
     request.audit.check()
     classes = torch.from_numpy(np.asarray(tokens.labels)[request.used])
     return Asked(labels, request, used, classes, held_back, seconds(world.device) - begun)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what every benchmark of the stream is asked by."""
+    store = ForgettingConfig()
+    parser.add_argument("--data", type=Path, help="the folder of CLINC150; without it nothing is measured")
+    parser.add_argument("--cache", type=Path, help="folder of trained models, filled where empty")
+    parser.add_argument("--kept", type=Path, help="folder of slots, from which a broken run goes on")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--models", type=int, help="models that are trained; seeds share them in turn; default: all own"
+    )
+    parser.add_argument("--requests", type=int, default=6)
+    parser.add_argument("--on", choices=("test", "validation"), default="test")
+    parser.add_argument("--epochs", type=int, default=store.epochs, help="passes over a request's used queries")
+    parser.add_argument("--least-steps", type=int, default=store.least_steps, help="more passes for small requests")
+    parser.add_argument("--rate", type=float, default=store.rate)
+    parser.add_argument("--factor", type=float, default=1.0, help="of every method's rate")
+    parser.add_argument("--coverage", type=float, default=store.coverage)
+    parser.add_argument("--folds", type=int, default=store.folds, help="clusters left out in turn, for the threshold")
+    parser.add_argument("--device", default="cpu", help=DEVICES)
 
 
 def forgetting(chosen: argparse.Namespace) -> ForgettingConfig:
@@ -357,6 +379,15 @@ def streamed(
                 gone += len(one.request.examples)
                 each.retraining_s.append(world.pretraining_s * (whole - gone) / whole)
     return made
+
+
+def without(world: World, requests: Sequence[Asked], chosen: argparse.Namespace, *, seed: int | None = None) -> World:
+    """Train the model anew without the requests' queries, by the world's seed or another."""
+    gone = sorted({label for one in requests for label in one.labels})
+    rest = np.setdiff1d(np.arange(len(world.corpus.train)), world.corpus.rows(gone))
+    tokens, seed = world.learner.task.tokenize(taken(world.corpus.train, rest)), world.seed if seed is None else seed
+    vector, taken_s = trained(world.learner, tokens, seed=seed, cache=chosen.cache, name=f"without-{len(gone)}")
+    return World(world.corpus, world.learner, vector, world.encoder, seed, taken_s)
 
 
 def told(standing: Standing) -> str:

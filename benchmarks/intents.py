@@ -171,11 +171,11 @@ class Dense:
 
 
 @torch.no_grad()
-def logits_of(world: World, tokens: Tokens, rows: NDArray[np.int64], slots: tuple[Bank, Tensor] | None) -> Tensor:
-    """Return logits `[rows, classes]` under the model, with slots on top by weights `[all rows, slots]`, on the CPU."""
+def pooled_of(world: World, tokens: Tokens, rows: NDArray[np.int64], slots: tuple[Bank, Tensor] | None) -> Tensor:
+    """Return what the head reads, `[rows, width]` on the CPU, with slots on top by weights `[all rows, slots]`."""
     learner, task = world.learner, world.learner.task
     place = {int(row): number for number, row in enumerate(rows)}
-    found = torch.empty(len(rows), len(world.corpus.names))
+    found = torch.empty(len(rows), learner.base.width)
     views = learner.layout.views(world.model)
     dense = None
     if slots is not None:
@@ -190,12 +190,18 @@ def logits_of(world: World, tokens: Tokens, rows: NDArray[np.int64], slots: tupl
         here = batch.to(learner.device)
         with learner.adapted.bound(views, overlay=overlay) as base:
             states = base(input_ids=here.input_ids, attention_mask=here.mask).last_hidden_state
-        pooled = pool(states, here, task.pooling)  # type: ignore[attr-defined]
-        made = task.head.logits(  # type: ignore[attr-defined]
-            pooled, weight=views["head", "weight"], bias=views["head", "bias"], sink=None
-        )
-        found[[place[int(row)] for row in chosen]] = made.cpu()
+        found[[place[int(row)] for row in chosen]] = pool(states, here, task.pooling).cpu()  # type: ignore[attr-defined]
     return found
+
+
+@torch.no_grad()
+def logits_of(world: World, tokens: Tokens, rows: NDArray[np.int64], slots: tuple[Bank, Tensor] | None) -> Tensor:
+    """Return logits `[rows, classes]` under the model, with slots on top by weights `[all rows, slots]`, on the CPU."""
+    pooled = pooled_of(world, tokens, rows, slots).to(world.learner.device)
+    views = world.learner.layout.views(world.model)
+    head = world.learner.task.head  # type: ignore[attr-defined]
+    made: Tensor = head.logits(pooled, weight=views["head", "weight"], bias=views["head", "bias"], sink=None)
+    return made.cpu()
 
 
 def trained(learner: Learner, tokens: Tokens, *, seed: int, cache: Path | None, name: str) -> tuple[Tensor, float]:
