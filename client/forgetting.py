@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from lora.errors import DataError, ModelError, PrivacyError, nearest
 from privacy.accounting import Event, calibrate, epsilon
-from privacy.ledger import Ledger
+from privacy.ledger import Charge, Ledger
 from privacy.mechanism import Mechanism
 from privacy.plan import PrivatePlan
 from privacy.randomness import Randomness, SecureRandomness
@@ -191,10 +191,15 @@ def _planned(order: ForgetOrder, rows: int, private: float, spending: Spending |
 def _charge_private(
     order: ForgetOrder, paid: PrivateForgetting, spending: Spending | None, randomness: Randomness | None
 ) -> None:
-    """Charge both events before any noise is drawn. Raises BudgetExceeded."""
-    slot, statistics = paid.events
-    _charge(order, slot, spending, randomness, what="slot", sampling="poisson")
-    _charge(order, statistics, spending, randomness, what="detector statistics", sampling="none")
+    """Charge both events, or neither, before any noise is drawn. Raises BudgetExceeded."""
+    if spending is not None:
+        slot, statistics = paid.events
+        spending.ledger.charge_together(
+            [
+                _charge(order, slot, spending, randomness, what="slot", sampling="poisson"),
+                _charge(order, statistics, spending, randomness, what="detector statistics", sampling="none"),
+            ]
+        )
 
 
 def _paid(order: ForgetOrder, spending: Spending | None, randomness: Randomness | None) -> Randomness | None:
@@ -208,21 +213,16 @@ def _paid(order: ForgetOrder, spending: Spending | None, randomness: Randomness 
             "set it to 0"
         )
     event = Event(rate=1.0, noise_multiplier=noise, steps=len(order.config.layers))
-    _charge(order, event, spending, randomness, what="detector statistics", sampling="none")
+    spending.ledger.charge_together(
+        [_charge(order, event, spending, randomness, what="detector statistics", sampling="none")]
+    )
     return randomness or SecureRandomness()
 
 
 def _charge(
-    order: ForgetOrder,
-    event: Event,
-    spending: Spending | None,
-    randomness: Randomness | None,
-    *,
-    what: str,
-    sampling: str,
-) -> None:
-    if spending is not None:
-        spending.ledger.charge(
-            spending.client, event, purpose=f"forget request {order.request}: {what}", budget=spending.budget,
-            delta=spending.delta, sampling=sampling, simulated=randomness is not None and not randomness.secure,
-        )  # fmt: skip
+    order: ForgetOrder, event: Event, spending: Spending, randomness: Randomness | None, *, what: str, sampling: str
+) -> Charge:
+    return Charge(
+        spending.client, event, f"forget request {order.request}: {what}", spending.budget, spending.delta,
+        sampling=sampling, simulated=randomness is not None and not randomness.secure,
+    )  # fmt: skip

@@ -125,7 +125,8 @@ class NodeSettings(Section):
     def _check_paths(self, job: Job) -> None:
         """Refuse paths that a coordinator names: it would choose which of this machine's files are trained on."""
         ratings = None if job.ratings is None else job.ratings.path
-        named = (("data", job.data.path), ("ratings", ratings), ("model", job.model.path))
+        name = job.model.name if Path(job.model.name).exists() else None  # A hub's name that is a path is one.
+        named = (("data", job.data.path), ("ratings", ratings), ("model", job.model.path), ("model", name))
         for section, asked in named:
             key = "model" if section == "model" else "data"
             if asked is not None and getattr(self, key) is None and not self.policy.job_paths:

@@ -211,7 +211,7 @@ def answer(  # noqa: PLR0917 - typer reads options from parameters
     asked = ForgetOrder.from_bytes(_read(order))
     rows = read_rows(examples, asked.classifier.labels)
     spending = None if ledger is None else Spending(Ledger(ledger), client, epsilon, delta)
-    base = load_base(_model(model), causal=False)
+    base = load_base(_model(model).model_copy(update={"dtype": asked.dtype}), causal=False)
     made = answer_order(asked, base, rows, classes=_names(classes), spending=spending, private=private)
     write_bytes(out, made.to_bytes())
     typer.echo(f"answer to order {made.request} from {len(rows)} rows, none of them in it: {out}")
@@ -229,13 +229,14 @@ def offer(  # noqa: PLR0917 - typer reads options from parameters
     classes: Classes = None,
     private: Annotated[float | None, typer.Option(metavar="EPSILON", help="Answer privately, at this epsilon.")] = None,
     delta: Annotated[float | None, typer.Option(help="Delta of --private; default 1e-5.")] = None,
+    answers: Annotated[int, typer.Option(help="How many private answers may be charged.")] = 1,
 ) -> None:
     """At a node: offer rows to be forgotten. `lethe deploy forget RUN` has the node answer, without any row."""
     from client.node import read_node
     from client.offers import Offers
 
     offers = Offers(read_node(node / NODE_FILE))
-    made = offers.make(run, examples, classes=_names(classes), epsilon=private, delta=delta)
+    made = offers.make(run, examples, classes=_names(classes), epsilon=private, delta=delta, answers=answers)
     typer.echo(f"offer {made.id}: {made.rows} rows{_terms(made)}; the operator's side: lethe deploy forget {run}")
 
 
@@ -250,7 +251,7 @@ def list_offers(
 
     offers = Offers(read_node(node / NODE_FILE))
     if withdraw is not None:
-        offers.withdraw(offers.find(withdraw))
+        offers.withdraw(withdraw)
         return
     known = offers.all()
     for each in known:

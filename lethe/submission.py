@@ -93,6 +93,8 @@ class Sending:
     config: str
     """Flower's run config, TOML."""
     told: Callable[[str], str | None]
+    again: str = "submitted under the same name it goes on from its last checkpoint"
+    """What one does about a run that was stopped."""
     recipe: str = ""
     digest: str = ""
 
@@ -110,7 +112,7 @@ class Sending:
                 self._report(end)
                 return
             if not _died(end) or attempt == retries:
-                raise _failure(self.name, end, attempt)
+                raise _failure(self.name, end, attempt, stopped=self.again)
             self.say(f"run {self.name} lost its server side ({end.details.rstrip('.')}); submitted again")
             identity = self._start()
         raise DeploymentError(f"run {self.name} was not submitted: --retries {retries} allows no attempt")
@@ -259,9 +261,16 @@ def send_forgetting(
     """
     name = _free_name("forget", {entry.name for entry in Journal(site).entries()})
     config = forgetting_config(name, asked)
-    Sending(site, operator, say, name, config, told=forgetting_told, recipe="forget").send(
-        retries=retries, follow=follow
-    )
+    Sending(
+        site,
+        operator,
+        say,
+        name,
+        config,
+        told=forgetting_told,
+        recipe="forget",
+        again="lethe deploy forget again goes on where it was",
+    ).send(retries=retries, follow=follow)
     return name
 
 
@@ -355,10 +364,9 @@ def _died(end: RunStatus) -> bool:
     return end.status == "finished:failed" and _DIED.search(end.details) is not None
 
 
-def _failure(name: str, end: RunStatus, attempt: int) -> DeploymentError:
+def _failure(name: str, end: RunStatus, attempt: int, *, stopped: str) -> DeploymentError:
     again = f" after being submitted {attempt + 1} times" if attempt else ""
-    stopped = "it was stopped; submitted under the same name it goes on from its last checkpoint"
-    details = end.details or (stopped if end.status == "finished:stopped" else "no reason given")
+    details = end.details or (f"it was stopped; {stopped}" if end.status == "finished:stopped" else "no reason given")
     return DeploymentError(f"run {name} ended as {end.status}{again}: {details}; `lethe deploy logs {name}` shows all")
 
 

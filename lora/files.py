@@ -19,6 +19,7 @@ def write_bytes(path: Path, data: bytes, *, mode: int = 0o644) -> None:
         aside.rename(path)
         sync(path.parent)
     except OSError as error:
+        aside.unlink(missing_ok=True)
         raise RunError(f"{path} cannot be written ({error.strerror}); nothing has changed: make room") from error
 
 

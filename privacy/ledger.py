@@ -173,6 +173,21 @@ class Ledger:
                     _try(database, charge, receipt)
             return receipt
 
+    def charge_together(self, charges: Sequence[Charge]) -> float:
+        """Commit several events of one client, all or none, and return the client's epsilon after them.
+
+        Raises BudgetExceeded, with nothing written, when any of them would pass its budget.
+        """
+        with self._guarded("charge"):
+            self._account_ahead(charges)
+            with self._connection() as database, _transaction(database):
+                receipt = Receipt()
+                for charge in charges:
+                    _try(database, charge, receipt)
+                for refused in receipt.refused.values():
+                    raise refused
+        return receipt.charged[charges[-1].client]
+
     def events(self, client: str) -> list[Event]:
         """Return all events of a client, oldest first; none for a client that was never charged."""
         return [row.event for row in self.rows(client)]

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from server.forgetting.signing import canonical
 from server.forgetting.steps import _ACTIONS
 from strategies.unlearning.config import ForgettingConfig
+from strategies.unlearning.signature import canonical
 
 TEXT = (Path(__file__).parents[1] / "docs" / "unlearning.md").read_text(encoding="utf-8")
 

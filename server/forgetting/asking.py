@@ -145,15 +145,16 @@ def wish_client(store: Store, name: str, data: bytes) -> Wish:
     return wish
 
 
-def new_order(store: Store, client: str) -> ForgetOrder:
+def new_order(store: Store, client: str, *, offer: str | None = None) -> ForgetOrder:
     """Make the order that a client forgets its rows by; an open one of the client's is given again.
 
-    Its block of the frame is the client's until the answer is served.
+    Its block of the frame is the client's until the answer is served. An `offer` of the client's has an order of its
+    own, whatever else the client was asked.
     """
     served, part = store.served(), store.classifier
     subject = subject_of(store, "client", client)
     asked = sum(each.subject == subject for each in store.requests())
-    name = store.keyed("order", client, asked)[:12]
+    name = store.keyed("order", client, asked if offer is None else offer)[:12]
     return ForgetOrder(
         request=name,
         block=store.reserve(name, blocks=served.frames.blocks, client=subject),
@@ -163,6 +164,8 @@ def new_order(store: Store, client: str) -> ForgetOrder:
         classifier=store.exported(),
         own_rank=part.own_rank,
         config=store.config,
+        key=store.about.public_key,
+        dtype=part.model.dtype,
         forgotten=store.manifest.forgotten,
     )
 

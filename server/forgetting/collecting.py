@@ -18,12 +18,13 @@ from pydantic import Field, ValidationError
 from lora.config import Section
 from lora.errors import ConfigError, FederationError, LetheError, RunError, WrongUpdate, nearest
 from server.directory import run_directory
-from server.forgetting.asking import Accepted, new_order, wish_client
+from server.forgetting.asking import Accepted, fitting, new_order, wish_client
 from server.forgetting.requests import ForgetRequests
 from server.forgetting.sources import open_store
 from server.grid import PacedGrid
 from server.roster import exchange
 from strategies.observe.logs import event, structured
+from strategies.unlearning.remote import ForgetAnswer
 from strategies.unlearning.wire import OFFERS, ORDER, RECORD, Letter, Offered, ask_offers
 
 log = logging.getLogger("lethe.server")
@@ -63,7 +64,9 @@ class Collector:
     |---|---|
     | killed at any instant | the next collection goes on: the node sends the answer that it has, the store knows it |
     | another adapter is served since the node answered | the node gets another order |
-    | a node declines, fails or is silent | the others' offers are served; the run fails at its end, and says who |
+    | a request stops for a fault of the server's | the answer waits at the node, and is served once that is mended |
+    | a node declines, is silent, or sends nonsense | the others' are served; the run fails at its end, and says who |
+    | two collections of a store | one after the other |
     | the record does not reach its node | served all the same; the next collection brings it |
     """
 
@@ -72,19 +75,30 @@ class Collector:
 
     def collect(self) -> int:
         """Serve all offers that can be; returns how many. Raises FederationError that names the others."""
-        found, refused = self.look()
-        served = 0
-        for each in found:
-            try:
-                self._serve(each)
-                served += 1
-            except LetheError as error:
-                event("forgetting", client=each.client, step="refused", reason=str(error))
-                refused.append(f"{each.client}: {error}")
+        with self.requests.store.collecting():
+            found, refused = self.look()
+            served = 0
+            for each in found:
+                why = self._tried(each)
+                served += why is None
+                if why is not None:
+                    event("forgetting", client=each.client, step="refused", reason=why)
+                    refused.append(f"{each.client}: {why}")
         event("forgetting", step="collected", accepted=served, refused=len(refused))
         if refused:
             raise FederationError(f"{served} offers were served, {len(refused)} not: {'; '.join(refused[:5])}")
         return served
+
+    def _tried(self, found: Found) -> str | None:
+        """Serve one offer; returns why it could not be. No answer of one node keeps the others' from being served."""
+        try:
+            self._serve(found)
+        except LetheError as error:
+            return str(error)
+        except Exception as error:
+            log.exception("an offer of %s could not be served", found.client)
+            return f"{type(error).__name__}; the server's log has the details"
+        return None
 
     def look(self) -> tuple[list[Found], list[str]]:
         """Ask the nodes that are there what they offer; returns that, and why some could not say.
@@ -127,45 +141,49 @@ class Collector:
 
     def _serve(self, found: Found) -> None:
         """Carry one offer out, and send its node the record. Raises LetheError where that cannot be."""
-        ways = (self._answered, self._ordered) if found.answered else (self._ordered,)
-        why = None
-        for way in ways:
-            accepted = way(found)
-            if accepted is None:
-                continue
-            self.requests.carry_out(database=self.database, told=lambda _, step: self._tell(found, step))
-            status = self.requests.status(accepted.request.id)
-            if status.state == "done":
-                break
-            # Such as an adapter that was replaced between the answer and its serving.
-            why = status.why
-        else:
-            raise RunError(f"the request stopped at {why}")
-        record = self.requests.store.record(accepted.request.id).read_bytes()
-        self._send(found, RECORD, Letter(found.offer, record))
+        accepted = self._answered(found) if found.answered else None
+        if accepted is None:
+            accepted = self._ordered(found)
+        mine = accepted.request.id
+        self.requests.carry_out(
+            database=self.database, told=lambda name, step: self._tell(found, step) if name == mine else None
+        )
+        status = self.requests.status(mine)
+        if status.state != "done":
+            raise RunError(f"the request is {status.state}{f' at {status.why}' if status.why else ''}")
+        self._send(found, RECORD, Letter(found.offer, self.requests.store.record(mine).read_bytes()))
         self._tell(found, "served")
 
     def _answered(self, found: Found) -> Accepted | None:
-        """Take the answer that the node has; None where it is to an order that is open no more."""
-        letter = self._send(found, ORDER, Letter(found.offer))
+        """Take the answer that the node has; None where it is damaged, or no order of now is what it answers."""
+        letter, store = self._send(found, ORDER, Letter(found.offer)), self.requests.store
         try:
-            return self._add(found, letter)
+            wish = wish_client(store, found.client, letter.data)
+            known = next(
+                (each for each in store.requests() if each.digest == store.keyed("client", *wish.content)), None
+            )
+            if known is None or not store.done(known.id):
+                # A request that stopped is begun again only over the adapter that it was trained over.
+                fitting(store, ForgetAnswer.from_bytes(letter.data), self.requests.stage.served)
         except WrongUpdate:
             return None
+        self._tell(found, "answered")
+        return self.requests.add(wish)
 
     def _ordered(self, found: Found) -> Accepted:
-        order = new_order(self.requests.store, found.client)
+        store = self.requests.store
+        order = new_order(store, found.client, offer=found.offer)
         self._tell(found, "ordered")
-        return self._add(found, self._send(found, ORDER, Letter(found.offer, order.to_bytes())))
-
-    def _add(self, found: Found, letter: Letter) -> Accepted:
+        letter = self._send(found, ORDER, Letter(found.offer, order.to_bytes()))
         self._tell(found, "answered")
-        return self.requests.add(wish_client(self.requests.store, found.client, letter.data))
+        return self.requests.add(wish_client(store, found.client, letter.data))
 
     def _send(self, found: Found, kind: str, letter: Letter) -> Letter:
         """Send a letter and return the reply. Raises FederationError for none, WrongUpdate for a strange one."""
         message = Message(letter.content(), dst_node_id=found.node, message_type=kind)
-        _, replies = exchange(self.grid, [message], timeout=self.asked.timeout)
+        sent, replies = exchange(self.grid, [message], timeout=self.asked.timeout)
+        if not sent:
+            raise FederationError("nothing could be sent to it; `lethe deploy status` shows whether it is there")
         if not replies:
             raise FederationError(f"no answer within {self.asked.timeout:g} s (--timeout)")
         return Letter.read(_sound(replies[0]))

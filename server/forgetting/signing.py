@@ -1,17 +1,16 @@
 """Signed records: Ed25519 over canonical JSON, with the public key beside the signature."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from lora.errors import RunError
 from lora.files import write_bytes
 from server.forgetting.files import read_json, write_json
+from strategies.unlearning.signature import canonical, verified
 
 Key = Ed25519PrivateKey
 
@@ -47,22 +46,7 @@ def read_record(path: Path, *, public: str) -> dict[str, Any]:
     signed = read_json(path)
     if signed is None:
         raise RunError(f"{path}: there is no record; the request is not done")
-    try:
-        key, record, signature = signed["public_key"], signed["record"], bytes.fromhex(signed["signature"])
-        Ed25519PublicKey.from_public_bytes(bytes.fromhex(key)).verify(signature, canonical(record))
-    except (KeyError, TypeError, ValueError, InvalidSignature) as error:
-        raise RunError(
-            f"{path}: the signature does not hold ({type(error).__name__}): the record was changed after it was "
-            "signed; restore it from a backup"
-        ) from error
-    if key != public:
-        raise RunError(f"{path}: signed by key {key[:12]}, and {public[:12]} is the store's; it is not of this store")
-    return dict(record)
-
-
-def canonical(record: Mapping[str, Any]) -> bytes:
-    """Return the bytes that are signed: UTF-8 JSON with sorted keys and no blanks."""
-    return json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    return verified(signed, public=public, who=str(path))
 
 
 def _public(key: Key) -> str:

@@ -1,5 +1,6 @@
 """The steps of a request. Each can be repeated: what is there already is kept, and files appear whole or not at all."""
 
+import hashlib
 import json
 import shutil
 import time
@@ -197,7 +198,8 @@ def _accept_slot(stage: Stage, request: RequestFile) -> None:
 def _accept_answer(stage: Stage, request: RequestFile) -> None:
     store, path = stage.store, stage.store.work(request.id) / ANSWER
     try:
-        answer = ForgetAnswer.from_bytes(path.read_bytes())
+        data = path.read_bytes()
+        answer = ForgetAnswer.from_bytes(data)
     except OSError as error:
         raise RunError(f"{path}: the client's answer cannot be read ({error.strerror}); ask again") from error
     if store.manifest.of(request.id) is None:
@@ -205,7 +207,10 @@ def _accept_answer(stage: Stage, request: RequestFile) -> None:
         gated = fitting(store, answer, served)
         gated.detector.save(store.detector(request.id))
         save_slot(store.slot(request.id), gated, frames=served.frames)
-        told = {"block": gated.block, "a": answer.a, "statistics_noise": answer.noise, "privacy": _claimed(answer)}
+        told = {
+            "block": gated.block, "a": answer.a, "answer": hashlib.sha256(data).hexdigest(),
+            "statistics_noise": answer.noise, "privacy": _claimed(answer),
+        }  # fmt: skip
         write_json(store.place(request.id) / TRAINED, told)
         _hold(stage, request, answer.classes)
     _sweep(store)

@@ -230,6 +230,12 @@ class Store:
         with self._locked(".accept", say=None, wait=True):
             yield
 
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Take what a federation's nodes offer alone: two would order the same of one node, and pay twice."""
+        with self._locked(".collect", say=None, wait=True):
+            yield
+
     @property
     def busy(self) -> bool:
         """Whether some process works on the store."""

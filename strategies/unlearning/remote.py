@@ -8,6 +8,7 @@ no loss.
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,10 @@ from tasks.models import BaseModel
 
 VERSION = 1
 _FORMAT = "lethe-forgetting"
-_DAMAGED = (SafetensorError, KeyError, TypeError, ValueError, ValidationError)
+_DAMAGED = (
+    SafetensorError, KeyError, TypeError, ValueError, ValidationError, AttributeError, OverflowError, RecursionError,
+    RuntimeError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,10 @@ class ForgetOrder:
     classifier: ExportedClassifier
     own_rank: int
     config: ForgettingConfig
+    key: str
+    """The public key of whoever orders, 64 hex digits: the record of the answer will be signed by it."""
+    dtype: str = "auto"
+    """Precision that the base model is loaded in, which is part of its digest."""
     forgotten: tuple[str, ...] = ()
     """Classes that earlier requests have forgotten as a whole; they are no answers any more."""
 
@@ -59,6 +67,8 @@ class ForgetOrder:
             "reference": self.reference,
             "adapter": self.adapter,
             "own_rank": self.own_rank,
+            "key": self.key,
+            "dtype": self.dtype,
             "config": self.config.model_dump(mode="json"),
             "forgotten": list(self.forgotten),
             "alpha": whole.alpha,
@@ -85,9 +95,19 @@ class ForgetOrder:
                 int(about["max_length"]),
             )
             config = ForgettingConfig.model_validate(about["config"])
-            numbers = (int(about["own_rank"]), config, tuple(about["forgotten"]))
-            place = (str(about["request"]), int(about["block"]), str(about["base"]), str(about["reference"]))
-            return cls(*place, str(about["adapter"]), classifier, *numbers)
+            return cls(
+                request=str(about["request"]),
+                block=int(about["block"]),
+                base=str(about["base"]),
+                reference=str(about["reference"]),
+                adapter=str(about["adapter"]),
+                classifier=classifier,
+                own_rank=int(about["own_rank"]),
+                config=config,
+                key=str(about["key"]),
+                dtype=str(about["dtype"]),
+                forgotten=tuple(map(str, about["forgotten"])),
+            )
         except _DAMAGED as error:
             raise WrongUpdate(f"the order cannot be read ({error}); ask for a new one") from error
 
@@ -152,7 +172,9 @@ class ForgetAnswer:
             detector = Detector.of(_named(tensors, "detector."), about["detector"])
             place = (str(about["request"]), int(about["block"]), str(about["adapter"]), str(about["a"]))
             rest = (tuple(map(str, about["classes"])), int(about["rows"]), float(about["noise"]))
-            spent = (None if about[name] is None else float(about[name]) for name in ("epsilon", "delta"))
+            spent = tuple(None if about[name] is None else float(about[name]) for name in ("epsilon", "delta"))
+            if rest[1] < 1 or not all(math.isfinite(each) for each in (rest[2], *spent) if each is not None):
+                raise ValueError("rows, noise, epsilon or delta is no such number")
             return cls(*place, tensors["b"], detector, *rest, *spent)
         except _DAMAGED as error:
             raise WrongUpdate(f"the answer cannot be read ({error}); let the client train again") from error
@@ -187,15 +209,16 @@ def _opened(kind: str, data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
         meta = json.loads(data[8 : 8 + size])["__metadata__"]
         text, seal = meta[_FORMAT], meta["sha256"]
         about = json.loads(text)
-        version = about["version"]
+        version, kinds = about["version"], about.get("kind")
+        found = _seal(tensors, text)
     except _DAMAGED as error:
         raise WrongUpdate(f"not a forgetting {kind} ({type(error).__name__}); give the file that was sent") from error
-    if version != VERSION or about.get("kind") != kind:
+    if version != VERSION or kinds != kind:
         raise WrongUpdate(
-            f"a forgetting {about.get('kind')} of version {version}, and a {kind} of version {VERSION} is read here; "
+            f"a forgetting {kinds} of version {version}, and a {kind} of version {VERSION} is read here; "
             "use the same release on both sides"
         )
-    if seal != _seal(tensors, text):
+    if seal != found:
         raise WrongUpdate(f"the forgetting {kind} was damaged on its way (its digest differs); send it again")
     return tensors, about
 

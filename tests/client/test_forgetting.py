@@ -33,7 +33,7 @@ def base() -> BaseModel:
 def order(classifier: ExportedClassifier, base: BaseModel, *, noise: float = 0.0) -> ForgetOrder:
     config = SHORT.model_copy(update={"statistics_noise": noise})
     digest = weights_digest(base.model)
-    return ForgetOrder("order", 1, digest, "tiny-bert", "a" * 64, classifier, classifier.rank, config)
+    return ForgetOrder("order", 1, digest, "tiny-bert", "a" * 64, classifier, classifier.rank, config, "c" * 64)
 
 
 def test_only_tensors_counts_and_digests_leave(classifier: ExportedClassifier, base: BaseModel) -> None:

@@ -105,6 +105,7 @@ def test_all_faults_are_named_at_once_and_a_missing_file_too(tmp_path: Path) -> 
         ({"require_privacy": True}, {"privacy": {"epsilon": 4.0, "test_seed": 1}}, "noise is seeded"),
         ({}, {"data": {"path": "/etc/passwd"}}, "opens no file because a job names it (data.path)"),
         ({}, {"model": {"path": "/models/x"}}, "opens no file because a job names it (model.path)"),
+        ({}, {"model": {"name": "/etc"}}, "opens no file because a job names it (model.path)"),
     ],
 )
 def test_a_job_against_the_policy_is_declined_before_anything_is_charged(

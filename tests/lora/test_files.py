@@ -27,3 +27,4 @@ def test_the_old_file_stays_where_no_new_one_can_be_written(tmp_path: Path, monk
     with pytest.raises(RunError, match=r"a cannot be written \(No space left on device\); nothing has changed"):
         write_bytes(tmp_path / "a", b"new")
     assert (tmp_path / "a").read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]

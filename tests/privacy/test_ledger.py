@@ -198,6 +198,18 @@ def test_one_client_twice_in_a_batch_pays_twice(ledger: Ledger) -> None:
     assert len(ledger.rows("ann")) == 2
 
 
+def test_events_that_belong_together_are_charged_all_or_none(ledger: Ledger) -> None:
+    one, other = Event(1.0, 1.0, 1), Event(1.0, 2.0, 3)
+    whole = epsilon([one, other], delta=1e-5)
+    charges = [Charge("a", event, "test", whole - 0.01, 1e-5) for event in (one, other)]
+    # The first alone would be within the budget.
+    with pytest.raises(BudgetExceeded, match="Nothing was charged"):
+        ledger.charge_together(charges)
+    assert ledger.position() == 0
+    assert ledger.charge_together([replace(each, budget=whole) for each in charges]) == pytest.approx(whole)
+    assert [row.steps for row in ledger.rows("a")] == [1, 3]
+
+
 def test_a_fault_in_the_middle_of_a_batch_leaves_no_row(ledger: Ledger) -> None:
     charge(ledger, "bob")
     good = Charge("ann", QUICK, purpose="x", budget=None, delta=1e-5)

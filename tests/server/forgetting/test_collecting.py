@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
+from safetensors.torch import save
 
 import client.forgetting
 import client.offers
@@ -22,6 +24,7 @@ from server.forgetting.requests import ForgetRequests
 from server.forgetting.signing import read_record
 from server.forgetting.store import Store
 from simulation.grid import SequentialGrid
+from strategies.unlearning import remote
 from strategies.unlearning.wire import OFFERS, ORDER, RECORD, Letter
 from tests.queries import LABELS, queries, write_queries
 
@@ -112,17 +115,10 @@ def test_one_node_s_offers_follow_each_other(store: Store, node: Callable[..., O
 
 @pytest.mark.parametrize("lost", [ORDER, RECORD])
 def test_a_reply_that_is_lost_is_not_forgotten_twice(
-    store: Store, node: Callable[..., Offers], lost: str, monkeypatch: pytest.MonkeyPatch
+    store: Store, node: Callable[..., Offers], lost: str, trained: list[str]
 ) -> None:
     """A SuperLink or a server app that dies leaves the same: the node did its part, and nobody heard of it."""
-    clinic, trained = node("clinic", 3), list[str]()
-    answer_order = client.forgetting.answer_order
-
-    def counted(order: Any, *rest: Any, **more: Any) -> Any:
-        trained.append(order.request)
-        return answer_order(order, *rest, **more)
-
-    monkeypatch.setattr(client.offers, "answer_order", counted)
+    clinic = node("clinic", 3)
     grid = Nodes(clinic)
     grid.tamper = lambda _, reply: None if grid.seen[-1][1] == lost else reply
     with pytest.raises(FederationError, match=r"0 offers were served, 1 not: clinic: no answer within 0\.1 s"):
@@ -172,6 +168,91 @@ def test_an_answer_over_an_adapter_that_was_replaced_is_ordered_again(
     assert collector(of_run, grid).collect() == 1
     # First what the node had, then an order over what is served now.
     assert grid.kinds == [ORDER, ORDER, RECORD] and set(of_run.manifest.forgotten) == {"alarm", "money"}
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Orders that nodes have trained answers to."""
+    found, answer_order = list[str](), client.forgetting.answer_order
+
+    def counted(order: Any, *rest: Any, **more: Any) -> Any:
+        found.append(order.request)
+        return answer_order(order, *rest, **more)
+
+    monkeypatch.setattr(client.offers, "answer_order", counted)
+    return found
+
+
+def test_offers_of_one_node_have_orders_of_their_own(
+    store: Store, node: Callable[..., Offers], trained: list[str]
+) -> None:
+    clinic = node("clinic", 3, 0)
+    grid, lost = Nodes(clinic), list[str]()
+
+    def lose(_: int, reply: Message) -> Message | None:
+        if grid.seen[-1][1] == ORDER and not lost:
+            lost.append(ORDER)
+            return None
+        return reply
+
+    grid.tamper = lose
+    with pytest.raises(FederationError, match="1 offers were served, 1 not"):
+        collector(store, grid).collect()
+    assert collector(store, grid).collect() == 1
+    assert states(clinic) == ["done", "done"] and len(trained) == len(set(trained)) == 2
+    assert sorted(each.block or 0 for each in store.manifest.held) == [0, 1]
+
+
+def test_a_fault_of_the_server_costs_the_node_nothing_more(
+    store: Store, node: Callable[..., Offers], trained: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clinic = node("clinic", 3)
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise RunError("No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("server.forgetting.evidence.measured", full)
+        for _ in range(2):
+            with pytest.raises(FederationError, match="the request is stopped at measure before: No space left"):
+                collector(store, Nodes(clinic)).collect()
+    assert collector(store, Nodes(clinic)).collect() == 1
+    assert states(clinic) == ["done"] and len(trained) == len(store.requests()) == 1
+
+
+def of_rows(answer: bytes, rows: float) -> bytes:
+    tensors, about = remote._opened("answer", answer)
+    kept = {key: value for key, value in about.items() if key not in ("version", "kind")}
+    return remote._sealed("answer", tensors, kept | {"rows": rows})
+
+
+@pytest.mark.parametrize(
+    "spoiled",
+    [
+        lambda data: save({"b": torch.ones(3, dtype=torch.bfloat16)}, {"lethe-forgetting": "{}", "sha256": ""}),
+        lambda data: of_rows(data, float("inf")),
+        lambda data: of_rows(data, float("nan")),
+        lambda data: save({}, {"lethe-forgetting": "[" * 100_000, "sha256": ""}),
+        lambda data: b"",
+        lambda data: data[:100],
+    ],
+)
+def test_no_answer_of_one_node_keeps_the_others_from_being_served(
+    store: Store, node: Callable[..., Offers], spoiled: Callable[[bytes], bytes]
+) -> None:
+    bad, bank = node("a-bad", 3), node("bank", 0)
+    grid = Nodes(bad, bank)
+
+    def spoil(index: int, reply: Message) -> Message:
+        if grid.seen[-1] != (1, ORDER):
+            return reply
+        letter = Letter.read(reply)
+        return Message(Letter(letter.offer, spoiled(letter.data)).content(), reply_to=_replied(grid, reply))
+
+    grid.tamper = spoil
+    with pytest.raises(FederationError, match="1 offers were served, 1 not: a-bad: "):
+        collector(store, grid).collect()
+    assert states(bank) == ["done"] and len(store.requests()) == 1
 
 
 def test_one_node_s_refusal_does_not_keep_the_others_out(store: Store, node: Callable[..., Offers]) -> None:

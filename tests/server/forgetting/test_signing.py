@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora.errors import RunError
-from server.forgetting.signing import canonical, new_key, read_key, read_record, write_record
+from server.forgetting.signing import new_key, read_key, read_record, write_record
+from strategies.unlearning.signature import canonical
 
 VALUES = st.recursive(
     st.none()

@@ -25,7 +25,9 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> tuple[ForgetOrder, Forg
     place = export_classifier(Path(tmp_path_factory.mktemp("remote")) / "adapter")
     classifier = ExportedClassifier.read(place, max_length=32)
     config = ForgettingConfig(rank=2)
-    order = ForgetOrder("one", 0, "b" * 64, "tiny-bert", "a" * 64, classifier, classifier.rank, config, ("alarm",))
+    order = ForgetOrder(
+        "one", 0, "b" * 64, "tiny-bert", "a" * 64, classifier, classifier.rank, config, "c" * 64, forgotten=("alarm",)
+    )
     served = order.over(load_base(TINY, causal=False))
     slot = Slot.fresh(served.sites, served.frames.block(0))
     slot.values[slot.layout.span("B")] = 0.5
