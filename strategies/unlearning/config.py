@@ -118,7 +118,7 @@ class ForgettingConfig(Section):
     """Rows expected in the Poisson lot of such a step."""
     private_clip: float = Field(1.0, gt=0)
     """Bound of a row's gradient over all B's."""
-    private_rate: float = Field(4.0, gt=0)
+    private_rate: float = Field(2.0, gt=0)
     """SGD's rate for a private slot; falls to zero in a straight line."""
     replay: int = Field(20, ge=1)
     """Rows of every class that stays, for `gs-lora`."""
