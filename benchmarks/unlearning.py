@@ -3,7 +3,7 @@
     python -m benchmarks.unlearning [--texts FOLDER] [--images FILE.npz] [--cache FOLDER] [--seeds 1] [--first-seed 0]
         [--courses texts few-shot missing] [--methods GS-LoRA SCRUB ...] [--requests 5] [--on test]
         [--base-rows 100] [--epochs 1] [--batch 16] [--forget 20] [--replay 20] [--asked N] [--retrained 0]
-        [--attack-seeds 0] [--set rate=1e-3 ...] [--own "GS-LoRA++:prototype_forget=3" SCRUB:rate=1e-4 ...]
+        [--attack-seeds 0] [--copies 20] [--set rate=1e-3 ...] [--own "GS-LoRA++:bound=3" SCRUB:rate=1e-4 ...]
         [--factors 0.3 1 3] [--search 1] [--one-classifier] [--device cuda]
 
 - texts: MiniLM on CLINC150 (a folder with data_full.json.gz and domains.json.gz); the domains work, travel, home and
@@ -16,6 +16,7 @@ Every method gets the same rows and the same number of steps. `--on validation` 
 `--attack-seeds N` attacks the last classifier of the first N seeds; `--retrained N` trains N classifiers for each of
 them, without the requests' rows on all the others: what LiRA compares with, and seconds against those of a request (by
 row, for the rows that were not asked for so far, mean over the requests).
+In few-shot prototypes are also taken of `--copies` distorted copies of every image.
 `--set` changes settings of every GS-LoRA, `--own` those of one method. `--factors` tries so many times every method's
 own rate, with seed 0 and the first `--search` requests, and keeps the one with the best H on validation rows.
 """
@@ -55,13 +56,13 @@ from strategies.unlearning.stream import Moment, Report, SampleConfig, requests,
 from tasks.config import DataConfig, ModelConfig
 from tasks.data import load_splits
 from tasks.encoders import Rows, labels_of
-from tasks.images import builtin_images, load_images
+from tasks.images import Images, augmented, builtin_images, load_images
 from tasks.vision import VitConfig
 
 DOMAINS = ("work", "travel", "home", "banking")
 COURSES = ("texts", "few-shot", "missing")
 NUMBERS = {"seeds": 1, "requests": 6, "base-rows": 100, "epochs": 1, "batch": 16, "forget": 20, "replay": 20,
-           "retrained": 0, "attack-seeds": 0, "search": 1, "first-seed": 0}  # fmt: skip
+           "retrained": 0, "attack-seeds": 0, "search": 1, "first-seed": 0, "copies": 20}  # fmt: skip
 RATES = {
     "gradient ascent": 1e-5,
     "gradient difference": 2e-4,
@@ -76,7 +77,13 @@ FEW = GsLoraConfig(rate=4e-3, bound=3.0, sparsity=0.02, hold_weight=0.5, hold_bo
 MISSING = GsLoraConfig(rate=8e-3)
 PLUS: Mapping[str, Mapping[str, object]] = {
     "texts": SERVED_PLUS.model_dump(include={"prototype_forget", "prototype_retain"}),
-    "few-shot": {"bound": 2.0, "forget_weight": 1.0, "hold_weight": 0.0, "prototype_forget": 1.0},
+    "few-shot": {
+        "bound": 2.0,
+        "forget_weight": 1.0,
+        "hold_weight": 0.0,
+        "prototype_forget": 1.0,
+        "prototype_retain": 10.0,
+    },
     "missing": {"rate": 6e-3, "prototype_forget": 1.0, "prototype_retain": 3.0},
 }
 """What GS-LoRA++ has otherwise. All of these, and the rates, were chosen on validation rows."""
@@ -100,6 +107,8 @@ class Course:
     gs: GsLoraConfig
     plus: Mapping[str, object]
     """What GS-LoRA++ has otherwise than GS-LoRA, beside prototypes."""
+    copies: int = 0
+    """Distorted copies of every image that prototypes are also taken of."""
     rates: Mapping[str, float] = field(default_factory=dict)
     """Rates of baselines, where validation chose others than they start from."""
 
@@ -147,7 +156,7 @@ def texts(chosen: argparse.Namespace) -> Course:
         len(names),
         SERVED,
         PLUS["texts"],
-        RATES,
+        rates=RATES,
     )
 
 
@@ -173,6 +182,7 @@ def images(chosen: argparse.Namespace, name: str) -> Course:
         classes,
         FEW if few else MISSING,
         PLUS[name],
+        chosen.copies if few else 0,
     )
 
 
@@ -261,7 +271,9 @@ def asked(course: Course, classifier: Classifier, *, seed: int) -> list[ClassReq
     held = [sampled(course.train, sample.replay, classes=set(range(course.classes)) - set(sample.missing), seed=seed)]
     held += [sampled(course.train, sample.forget, classes=named, seed=seed) for named in course.sequence]
     rows = classifier.encoder.prepared(course.train)
-    prototypes = Prototypes.of(classifier, rows.take(np.unique(np.concatenate(held))), classes=course.classes)
+    own = rows.take(np.unique(np.concatenate(held)))
+    copies = augmented(own, copies=course.copies, seed=seed) if course.copies and isinstance(own, Images) else None
+    prototypes = Prototypes.of(classifier, own, classes=course.classes, copies=copies)
     return list(requests(rows, course.sequence, sample, classes=course.classes, prototypes=prototypes))
 
 

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
+from torch import Tensor
 
 from lora.errors import DataError, nearest
 from tasks.tokens import Ids
@@ -84,6 +87,43 @@ def _images(path: Path, arrays: dict[str, NDArray[np.generic]], role: str, names
         raise DataError(f"{path}: y_{role} has label {unknown[0]}, which no training image has")
     spread = pixels[:, None] if pixels.ndim == 3 else np.moveaxis(pixels, 3, 1)
     return Images(np.ascontiguousarray(spread, dtype=np.uint8), np.searchsorted(names, labels).astype(np.int64))
+
+
+OPERATIONS = ("rotate", "shear x", "shear y", "shift x", "shift y", "brightness", "contrast")
+_LARGEST = {"rotate": np.pi / 6, "shear x": 0.3, "shear y": 0.3, "shift x": 0.45, "shift y": 0.45, "brightness": 0.9,
+            "contrast": 0.9}  # fmt: skip
+
+
+def augmented(images: Images, *, copies: int, magnitude: float = 5.0, seed: int = 0) -> Images:
+    """Return `copies` of every image, each distorted by two operations, `[copies * n]` with the images' labels.
+
+    RandAugment (Cubuk et al., 2020) with two operations of `OPERATIONS` in torchvision's ranges, each with either sign;
+    `magnitude` is of 30. Its operations on colours alone, and those that a magnitude does not scale, are left out.
+    """
+    rng, share = np.random.default_rng(seed), magnitude / 30
+    rows = np.tile(np.arange(len(images)), copies)
+    x = torch.from_numpy(images.pixels[rows].astype(np.float32))
+    for _ in range(2):
+        chosen = rng.integers(len(OPERATIONS), size=len(rows))
+        strength = (
+            share * rng.choice((-1.0, 1.0), size=len(rows)) * np.array([_LARGEST[OPERATIONS[op]] for op in chosen])
+        )
+        x = _distorted(x, chosen, strength)
+    return Images(x.clamp(0, 255).round().to(torch.uint8).numpy(), images.labels[rows])
+
+
+def _distorted(x: Tensor, chosen: NDArray[np.int64], strength: NDArray[np.float64]) -> Tensor:
+    """Apply to every image `[n, channels, height, width]` its operation."""
+    of = {name: torch.from_numpy(np.where(chosen == place, strength, 0.0)).float()
+          for place, name in enumerate(OPERATIONS)}  # fmt: skip
+    turn = of["rotate"]
+    first = torch.stack([turn.cos(), of["shear x"] - turn.sin(), 2 * of["shift x"]], 1)
+    second = torch.stack([of["shear y"] + turn.sin(), turn.cos(), 2 * of["shift y"]], 1)
+    grid = F.affine_grid(torch.stack([first, second], 1), list(x.shape), align_corners=False)
+    moved = F.grid_sample(x, grid, padding_mode="zeros", align_corners=False)
+    mean = moved.mean((1, 2, 3), keepdim=True)
+    bright, contrast = (1 + of[name][:, None, None, None] for name in ("brightness", "contrast"))
+    return (mean + contrast * (moved - mean)) * bright
 
 
 _ENDS = np.array(

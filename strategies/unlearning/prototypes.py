@@ -32,8 +32,11 @@ class Prototypes:
     spread: Tensor
 
     @classmethod
-    def of(cls, original: Featured, rows: Rows, *, classes: int) -> "Prototypes":
+    def of(cls, original: Featured, rows: Rows, *, classes: int, copies: Rows | None = None) -> "Prototypes":
         """Take the class means of the original model, which is in evaluation mode and trained by now.
+
+        Where rows are few, `copies` may be distorted ones of them, as in the paper's few-shot runs: means are of both,
+        the spread is of the rows alone. What counts for `LEAST` are the rows.
 
         (GS-LoRA++'s single-step script takes them before it loads the weights, and its continual script anew from
         every task's model; the paper says the original model, and so it is here.)
@@ -41,8 +44,12 @@ class Prototypes:
         labels, features = torch.from_numpy(labels_of(rows)), original.features(rows)
         counts = torch.bincount(labels, minlength=classes)
         sums = torch.zeros(classes, features.shape[1]).index_add_(0, labels, features)
-        known = counts >= LEAST
-        means = torch.where(known[:, None], sums / counts.clamp(min=1)[:, None], torch.zeros_like(sums))
+        known, taken = counts >= LEAST, counts
+        if copies is not None:
+            more = torch.from_numpy(labels_of(copies))
+            sums = sums.index_add_(0, more, original.features(copies))
+            taken = counts + torch.bincount(more, minlength=classes)
+        means = torch.where(known[:, None], sums / taken.clamp(min=1)[:, None], torch.zeros_like(sums))
         far = torch.zeros(classes).index_add_(0, labels, divergences(means[labels], features))
         return cls(means, known, torch.where(known, far / counts.clamp(min=1), torch.zeros_like(far)))
 

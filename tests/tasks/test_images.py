@@ -8,7 +8,7 @@ import pytest
 from sklearn.neighbors import KNeighborsClassifier
 
 from lora.errors import DataError
-from tasks.images import Images, builtin_images, load_images
+from tasks.images import Images, augmented, builtin_images, load_images
 
 
 def arrays(**changes: Any) -> dict[str, Any]:
@@ -100,3 +100,22 @@ def test_rows_are_taken_in_order() -> None:
     images = Images(np.arange(12, dtype=np.uint8).reshape(3, 1, 2, 2), np.array([5, 6, 7]))
     taken = images.take([2, 0])
     assert taken.labels.tolist() == [7, 5] and taken.pixels[0, 0, 0, 0] == 8
+
+
+def test_copies_are_distorted_a_little_and_keep_their_labels() -> None:
+    images = builtin_images(train=40, validation=20, test=20).train
+    copies = augmented(images, copies=3, seed=1)
+    assert copies.pixels.shape == (120, *images.pixels.shape[1:]) and copies.pixels.dtype == np.uint8
+    assert np.array_equal(copies.labels, np.tile(images.labels, 3))
+    assert np.array_equal(copies.pixels, augmented(images, copies=3, seed=1).pixels)
+    assert not np.array_equal(copies.pixels, augmented(images, copies=3, seed=2).pixels)
+    own = np.tile(images.pixels, (3, 1, 1, 1)).astype(float)
+    other = np.roll(own, 1, axis=0)
+    far, apart = (np.abs(copies.pixels - each).mean(axis=(1, 2, 3)) for each in (own, other))
+    # Distorted, but nearer to what it is a copy of than to another image.
+    assert (far > 0).mean() > 0.95 and (far < apart).mean() > 0.95
+
+
+def test_no_magnitude_is_no_distortion() -> None:
+    images = builtin_images(train=20, validation=20, test=20).train
+    assert np.array_equal(augmented(images, copies=1, magnitude=0.0).pixels, images.pixels)

@@ -49,6 +49,19 @@ def test_prototypes_are_class_means_and_single_rows_have_none() -> None:
     assert not made.means[[1, 3, 5]].any()
 
 
+def test_copies_move_the_means_and_neither_make_a_class_known_nor_change_whose_spread_it_is() -> None:
+    given, copies = rows(LABELS), rows([0, 0, 1, 1, 1, 2, 4, 4], seed=1)
+    made = Prototypes.of(Linear(), given, classes=6, copies=copies)
+    # Class 1 has one row: its copies would tell of that row alone.
+    assert made.known.tolist() == [True, False, True, False, True, False] and not made.means[1].any()
+    features, more = Linear().features(given).numpy(), Linear().features(copies).numpy()
+    for label in (0, 2, 4):
+        own = features[given.labels == label]
+        mean = np.concatenate([own, more[copies.labels == label]]).mean(0)
+        np.testing.assert_allclose(made.means[label].numpy(), mean, rtol=1e-5)
+        assert float(made.spread[label]) == pytest.approx(np.mean([naive(mean, each) for each in own]), rel=1e-4)
+
+
 def test_prototypes_hold_class_statistics_and_no_row() -> None:
     given = rows(LABELS)
     features = Linear().features(given)
