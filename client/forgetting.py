@@ -4,10 +4,11 @@ from dataclasses import dataclass
 
 from lora.errors import DataError, ModelError, PrivacyError, nearest
 from privacy.accounting import Event, calibrate, epsilon
-from privacy.ledger import Charge, Ledger
+from privacy.ledger import Charge, Ledger, Receipt
 from privacy.mechanism import Mechanism
 from privacy.plan import PrivatePlan
 from privacy.randomness import Randomness, SecureRandomness
+from strategies.observe import watch
 from strategies.unlearning.audited_request import AuditedRequest
 from strategies.unlearning.config import ForgettingConfig
 from strategies.unlearning.forgotten import Forgotten, GatedSlot, check_rows
@@ -194,11 +195,10 @@ def _charge_private(
     """Charge both events, or neither, before any noise is drawn. Raises BudgetExceeded."""
     if spending is not None:
         slot, statistics = paid.events
-        spending.ledger.charge_together(
-            [
-                _charge(order, slot, spending, randomness, what="slot", sampling="poisson"),
-                _charge(order, statistics, spending, randomness, what="detector statistics", sampling="none"),
-            ]
+        _commit(
+            spending,
+            _charge(order, slot, spending, randomness, what="slot", sampling="poisson"),
+            _charge(order, statistics, spending, randomness, what="detector statistics", sampling="none"),
         )
 
 
@@ -213,10 +213,14 @@ def _paid(order: ForgetOrder, spending: Spending | None, randomness: Randomness 
             "set it to 0"
         )
     event = Event(rate=1.0, noise_multiplier=noise, steps=len(order.config.layers))
-    spending.ledger.charge_together(
-        [_charge(order, event, spending, randomness, what="detector statistics", sampling="none")]
-    )
+    _commit(spending, _charge(order, event, spending, randomness, what="detector statistics", sampling="none"))
     return randomness or SecureRandomness()
+
+
+def _commit(spending: Spending, *charges: Charge) -> None:
+    """Charge all or none, and let metrics and log know. Raises BudgetExceeded."""
+    spent = spending.ledger.charge_together(charges)
+    watch.charged(spending.ledger.path, charges[-1:], Receipt(charged={spending.client: spent}))
 
 
 def _charge(

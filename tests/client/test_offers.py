@@ -119,11 +119,17 @@ def test_the_same_order_gives_the_same_answer_and_another_adapter_another(
 
 
 def test_a_private_answer_is_charged_once_however_often_it_is_asked_for(
-    tmp_path: Path, rows: Path, order: ForgetOrder
+    tmp_path: Path, rows: Path, order: ForgetOrder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, offer = offered(tmp_path, rows, epsilon=8.0)
-    answers = {made.answer(Letter(offer.id, order.to_bytes()), client="0") for _ in range(2)}
-    assert len(answers) == 1
+    charged: list[float] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            "strategies.observe.watch.charged", lambda path, charges, told: charged.append(told.charged["0"])
+        )
+        answers = {made.answer(Letter(offer.id, order.to_bytes()), client="0") for _ in range(2)}
+    assert len(answers) == len(charged) == 1
+    assert charged[0] == pytest.approx(Ledger(made.settings.ledger).epsilon("0", delta=offer.delta))
     slot, statistics = Ledger(made.settings.ledger).rows()
     # The name under which training is charged too: what both cost adds up.
     assert slot.client == statistics.client == "0" and slot.purpose == "forget request order: slot"
