@@ -165,12 +165,7 @@ class Ledger:
 
         The charged are visible all at once; a PrivacyError (of the file, not of a budget) leaves none of them.
         """
-        with self._guarded("charge"):
-            self._account_ahead(charges)
-            with self._connection() as database, _transaction(database):
-                receipt = Receipt()
-                for charge in charges:
-                    _try(database, charge, receipt)
+        with self._committing(charges) as receipt:
             return receipt
 
     def charge_together(self, charges: Sequence[Charge]) -> float:
@@ -178,15 +173,21 @@ class Ledger:
 
         Raises BudgetExceeded, with nothing written, when any of them would pass its budget.
         """
+        with self._committing(charges) as receipt:
+            for refused in receipt.refused.values():
+                raise refused
+        return receipt.charged[charges[-1].client]
+
+    @contextmanager
+    def _committing(self, charges: Sequence[Charge]) -> Iterator[Receipt]:
+        """Charge in one transaction, which commits when the block ends, and not where it raises."""
         with self._guarded("charge"):
             self._account_ahead(charges)
             with self._connection() as database, _transaction(database):
                 receipt = Receipt()
                 for charge in charges:
                     _try(database, charge, receipt)
-                for refused in receipt.refused.values():
-                    raise refused
-        return receipt.charged[charges[-1].client]
+                yield receipt
 
     def events(self, client: str) -> list[Event]:
         """Return all events of a client, oldest first; none for a client that was never charged."""

@@ -16,6 +16,7 @@ from safetensors.numpy import load, save
 from torch import Tensor
 
 from lora.errors import CheckpointError
+from lora.files import sync
 
 STATE, ARRAYS = "state.json", "arrays.safetensors"
 _NAME = re.compile(r"round-(\d+)")
@@ -71,7 +72,7 @@ class Checkpoints:
             _write(aside / STATE, json.dumps(state | {"sha256": _seal(state, data)}, indent=1).encode())
             shutil.rmtree(final, ignore_errors=True)
             aside.rename(final)
-            _sync(self.directory)
+            sync(self.directory)
         except OSError as error:
             shutil.rmtree(aside, ignore_errors=True)
             raise CheckpointError(
@@ -156,11 +157,3 @@ def _write(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -159,10 +159,8 @@ class Collector:
         letter, store = self._send(found, ORDER, Letter(found.offer)), self.requests.store
         try:
             wish = wish_client(store, found.client, letter.data)
-            known = next(
-                (each for each in store.requests() if each.digest == store.keyed("client", *wish.content)), None
-            )
-            if known is None or not store.done(known.id):
+            digest = store.keyed(wish.kind, *wish.content)
+            if not any(each.digest == digest and store.done(each.id) for each in store.requests()):
                 # A request that stopped is begun again only over the adapter that it was trained over.
                 fitting(store, ForgetAnswer.from_bytes(letter.data), self.requests.stage.served)
         except WrongUpdate:

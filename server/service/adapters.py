@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lora.codec import Layout
 from lora.errors import DataError, LetheError, ModelError, RunError, Unknown, WrongUpdate
+from lora.files import sync
 from server.service.registry import Registry
 from server.service.tables import AdapterRow
 from server.service.warm import Kept, missing
@@ -213,7 +214,7 @@ class Adapters:
                 name = f"{uuid.uuid4().hex}.safetensors"
                 self._put(name, data)
                 written[each.name] = _File(name, hashlib.sha256(data).hexdigest())
-            _sync(self.folder)
+            sync(self.folder)
         except OSError as error:
             self._unlink([each.name for each in written.values()])
             raise RunError(f"adapters cannot be written ({error.strerror}); make room on the disk") from error
@@ -346,11 +347,3 @@ def _damaged(name: str) -> ModelError:
 
 def _foreign(name: str) -> ModelError:
     return ModelError(f"adapter '{name}' is of another base or rank than the model that is served; import one of it")
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
