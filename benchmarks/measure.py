@@ -10,9 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from scipy.stats import bootstrap
 from torch.profiler import ProfilerActivity, profile
 
 RESULTS = Path(__file__).parent / "results"
@@ -54,6 +56,12 @@ def paired_ratio(times: Mapping[str, Sequence[float]], over: str, under: str) ->
     ratios = sorted(one / two for one, two in zip(times[over], times[under], strict=True))
     low, middle, high = statistics.quantiles(ratios, n=4)
     return middle, low, high
+
+
+def redrawn_mean(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return the mean of two values or more, such as differences by seed, and 95 % of it with the values redrawn."""
+    found = bootstrap((values,), np.mean, method="percentile", rng=0).confidence_interval
+    return statistics.fmean(values), float(found.low), float(found.high)
 
 
 def peak_bytes(step: Callable[[], None]) -> int:

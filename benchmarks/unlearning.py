@@ -3,7 +3,7 @@
     python -m benchmarks.unlearning [--texts FOLDER] [--images FILE.npz] [--cache FOLDER] [--seeds 1] [--first-seed 0]
         [--courses texts few-shot missing] [--methods GS-LoRA SCRUB ...] [--requests 5] [--on test]
         [--base-rows 100] [--epochs 1] [--batch 16] [--forget 20] [--replay 20] [--asked N] [--retrained 0]
-        [--attack-seeds 0] [--copies 20] [--set rate=1e-3 ...] [--own "GS-LoRA++:bound=3" SCRUB:rate=1e-4 ...]
+        [--attack-seeds 0] [--copies 20] [--known 100] [--set rate=1e-3 ...] [--own "GS-LoRA++:bound=3" ...]
         [--factors 0.3 1 3] [--search 1] [--one-classifier] [--device cuda]
 
 - texts: MiniLM on CLINC150 (a folder with data_full.json.gz and domains.json.gz); the domains work, travel, home and
@@ -16,9 +16,11 @@ Every method gets the same rows and the same number of steps. `--on validation` 
 `--attack-seeds N` attacks the last classifier of the first N seeds; `--retrained N` trains N classifiers for each of
 them, without the requests' rows on all the others: what LiRA compares with, and seconds against those of a request (by
 row, for the rows that were not asked for so far, mean over the requests).
-In few-shot prototypes are also taken of `--copies` distorted copies of every image.
+In few-shot prototypes are also taken of `--copies` distorted copies of every image. `--known N` takes them of N
+training rows of every class, as a store does, and not only of the rows at hand.
 `--set` changes settings of every GS-LoRA, `--own` those of one method. `--factors` tries so many times every method's
 own rate, with seed 0 and the first `--search` requests, and keeps the one with the best H on validation rows.
+`h_lead_COURSE` is the H of GS-LoRA++ minus that of GS-LoRA, with 95 % of its mean where seeds are redrawn.
 """
 
 import argparse
@@ -34,7 +36,7 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 
-from benchmarks.measure import RESULTS, publish, settings
+from benchmarks.measure import RESULTS, publish, redrawn_mean, settings
 from lora.errors import DataError, LetheError, nearest
 from strategies.unlearning.attacks import (
     RelearningConfig,
@@ -62,7 +64,8 @@ from tasks.vision import VitConfig
 DOMAINS = ("work", "travel", "home", "banking")
 COURSES = ("texts", "few-shot", "missing")
 NUMBERS = {"seeds": 1, "requests": 6, "base-rows": 100, "epochs": 1, "batch": 16, "forget": 20, "replay": 20,
-           "retrained": 0, "attack-seeds": 0, "search": 1, "first-seed": 0, "copies": 20}  # fmt: skip
+           "retrained": 0, "attack-seeds": 0, "search": 1, "first-seed": 0, "copies": 20,
+           "known": 0}  # fmt: skip
 RATES = {
     "gradient ascent": 1e-5,
     "gradient difference": 2e-4,
@@ -77,13 +80,7 @@ FEW = GsLoraConfig(rate=4e-3, bound=3.0, sparsity=0.02, hold_weight=0.5, hold_bo
 MISSING = GsLoraConfig(rate=8e-3)
 PLUS: Mapping[str, Mapping[str, object]] = {
     "texts": SERVED_PLUS.model_dump(include={"prototype_forget", "prototype_retain"}),
-    "few-shot": {
-        "bound": 2.0,
-        "forget_weight": 1.0,
-        "hold_weight": 0.0,
-        "prototype_forget": 1.0,
-        "prototype_retain": 10.0,
-    },
+    "few-shot": {"prototype_forget": 1.0, "prototype_retain": 10.0},
     "missing": {"rate": 6e-3, "prototype_forget": 1.0, "prototype_retain": 3.0},
 }
 """What GS-LoRA++ has otherwise. All of these, and the rates, were chosen on validation rows."""
@@ -109,6 +106,8 @@ class Course:
     """What GS-LoRA++ has otherwise than GS-LoRA, beside prototypes."""
     copies: int = 0
     """Distorted copies of every image that prototypes are also taken of."""
+    known: int = 0
+    """Rows of every class that prototypes are taken of when the classifier has been trained; 0: those at hand."""
     rates: Mapping[str, float] = field(default_factory=dict)
     """Rates of baselines, where validation chose others than they start from."""
 
@@ -183,6 +182,7 @@ def images(chosen: argparse.Namespace, name: str) -> Course:
         FEW if few else MISSING,
         PLUS[name],
         chosen.copies if few else 0,
+        chosen.known,
     )
 
 
@@ -268,8 +268,11 @@ def searched(course: Course, chosen: argparse.Namespace, names: Sequence[str]) -
 def asked(course: Course, classifier: Classifier, *, seed: int) -> list[ClassRequest]:
     """Return the requests of a seed, with prototypes taken of what is held at the start."""
     sample = course.sample.model_copy(update={"seed": seed})
-    held = [sampled(course.train, sample.replay, classes=set(range(course.classes)) - set(sample.missing), seed=seed)]
-    held += [sampled(course.train, sample.forget, classes=named, seed=seed) for named in course.sequence]
+    held = [sampled(course.train, course.known, classes=range(course.classes), seed=seed)]
+    if not course.known:
+        staying = set(range(course.classes)) - set(sample.missing)
+        held = [sampled(course.train, sample.replay, classes=staying, seed=seed)]
+        held += [sampled(course.train, sample.forget, classes=named, seed=seed) for named in course.sequence]
     rows = classifier.encoder.prepared(course.train)
     own = rows.take(np.unique(np.concatenate(held)))
     copies = augmented(own, copies=course.copies, seed=seed) if course.copies and isinstance(own, Images) else None
@@ -392,6 +395,10 @@ def figures(
         key = course.replace("-", "_")
         for name, each in methods_of.items():
             made |= {f"{what}_{key}_{_key(name)}": value for what, value in of_method(each).items()}
+        if {"GS-LoRA", "GS-LoRA++"} <= methods_of.keys() and len(methods_of["GS-LoRA"].reports) > 1:
+            pairs = zip(methods_of["GS-LoRA++"].reports, methods_of["GS-LoRA"].reports, strict=True)
+            lead = redrawn_mean([plus.mean_h - gs.mean_h for plus, gs in pairs])
+            made |= {f"h_lead{end}_{key}": value for end, value in zip(("", "_low", "_high"), lead, strict=True)}
         known = {**earlier, **made}
         rivals = [known[f"h_{key}_{_key(name)}"] for name in OBJECTIVES if f"h_{key}_{_key(name)}" in known]
         if rivals:
