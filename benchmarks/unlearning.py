@@ -16,8 +16,8 @@ Every method gets the same rows and the same number of steps. `--on validation` 
 `--attack-seeds N` attacks the last classifier of the first N seeds; `--retrained N` trains N classifiers for each of
 them, without the requests' rows on all the others: what LiRA compares with, and seconds against those of a request (by
 row, for the rows that were not asked for so far, mean over the requests).
-In few-shot prototypes are also taken of `--copies` distorted copies of every image. `--known N` takes them of N
-training rows of every class, as a store does, and not only of the rows at hand.
+In few-shot prototypes are also taken of `--copies` distorted copies of every image. On images `--known N` takes them
+of N training rows of every class, as a store does, and not only of the rows at hand.
 `--set` changes settings of every GS-LoRA, `--own` those of one method. `--factors` tries so many times every method's
 own rate, with seed 0 and the first `--search` requests, and keeps the one with the best H on validation rows.
 `h_lead_COURSE` is the H of GS-LoRA++ minus that of GS-LoRA, with 95 % of its mean where seeds are redrawn.

@@ -160,6 +160,6 @@ def test_a_classifiers_replicas_share_adapters(run: Path, tmp_path: Path, free_p
         client = Client(fleet.url, fleet.key)
         (found,) = client.user("ada").classify(["wake me at noon"], fallback="cold")
         assert max(found.shares, key=found.shares.__getitem__) == LABELS[0] and not found.whose.personalized
-        fleet.replicas()
+        assert len(fleet.replicas()) == 2
         assert client.adapters() == []
         client.close()
